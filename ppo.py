@@ -1,0 +1,671 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[classic-control]==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""Proximal Policy Optimization (PPO) for discrete actions and vector observations, in one file.
+
+Contains the 13 core details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022) as the
+official code (openai/baselines ppo2, commit ea25b9e) has them. A tag such as [core-7] stands where that detail
+happens; [aux-N] are auxiliary details, [extra-N] behaviours of the official code that the article does not mention.
+docs/details.md lists them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
+
+    python ppo.py          CartPole-v1: a mean return above 475 (of at most 500) after 500,000 steps
+
+train(), near the end, is the algorithm; what it calls stands above it.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.spaces import Box, Discrete
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    """PPO with the 13 core details, for discrete actions and vector observations."""
+
+    # The run
+    exp_name: str = SCRIPT  # name of the experiment, part of the run directory's name
+    seed: int = 1  # seeds the network, the action noise and the shuffles; environment i gets seed + i [extra-35]
+    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
+    cuda: bool = False  # use the GPU if there is one; for networks this small the CPU is faster
+    compile: bool = False  # compile the gradient step: some seconds of start-up, then a much faster update
+    track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "ppo37"  # project at Weights & Biases
+    wandb_entity: str | None = None  # user or team at Weights & Biases
+    capture_video: bool = False  # record episodes of the first environment in the run directory's videos/
+    runs_dir: str = "runs"  # where run directories are created
+    checkpoint_interval: int = 50  # updates between two checkpoints; a killed run loses at most this much
+    resume: str | None = None  # go on with the run in this directory, with its settings (flags given beside it win)
+    evaluate: str | None = None  # play episodes with the agent in this run directory instead of training
+    eval_episodes: int = 10  # episodes to play with --evaluate
+    eval_deterministic: bool = False  # with --evaluate, take the most probable action instead of sampling one
+
+    # The environment
+    env_id: str = "CartPole-v1"  # a registered environment, or module:EnvId, which imports the module first
+    env_kwargs: str = "{}"  # arguments for the environment's constructor, as a JSON object
+
+    # The algorithm
+    total_timesteps: int = 500_000  # steps of all environments together, floored to whole rollouts [extra-11]
+    learning_rate: float = 2.5e-4  # learning rate of Adam, at the start
+    num_envs: int = 4  # environments stepped together [core-1]
+    num_steps: int = 128  # steps of each environment in one rollout [core-1]
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 [core-4]
+    gamma: float = 0.99  # discount factor, 0 to 1
+    gae: bool = True  # generalized advantage estimation; off: n-step returns to the rollout's end (lambda 1) [core-5]
+    gae_lambda: float = 0.95  # from 0 (one-step TD error) to 1 (Monte Carlo) [core-5]
+    bootstrap_truncated: bool = False  # a time limit is no end: add gamma * V(last observation) there [extra-14]
+    num_minibatches: int = 4  # equal parts that a rollout is cut into [core-6]
+    minibatch_replacement: bool = False  # draw minibatches with replacement, a common mistake [core-6]
+    update_epochs: int = 4  # passes over the rollout in one update [core-6]
+    norm_adv: bool = True  # normalize the advantages, for each minibatch [core-7]
+    norm_adv_per_batch: bool = False  # normalize them once for the whole rollout instead [core-7]
+    population_std: bool = True  # by the population's standard deviation; off: the sample's, as in PyTorch [extra-3]
+    clip_policy: bool = True  # clip the surrogate objective [core-8]
+    clip_coef: float = 0.2  # clip range of the probability ratio and of the value loss [core-8] [core-9]
+    anneal_clip: bool = False  # lower the clip range linearly to 0, like the learning rate [aux-1]
+    clip_vloss: bool = True  # clip the value loss [core-9]
+    ent_coef: float = 0.01  # weight of the entropy bonus [core-10]
+    vf_coef: float = 0.5  # weight of the value loss [core-10]
+    max_grad_norm: float = 0.5  # limit of the gradient's global norm; inf: no limit [core-11]
+    target_kl: float | None = None  # stop the update after an epoch with a mean KL divergence above this [aux-3]
+    adam_eps: float = 1e-5  # epsilon of Adam [core-3]
+    adam_eps_hat: bool = True  # add epsilon where TensorFlow 1 does; off: where PyTorch does [extra-1]
+    orthogonal_init: bool = True  # orthogonal initialization, biases 0; off: PyTorch's default [core-2]
+    shared_network: bool = False  # policy and value function share their hidden layers [core-13]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """[extra-11] Only whole rollouts count: 500,000 steps are 976 updates, 499,712 steps."""
+        return self.total_timesteps // self.batch_size
+
+
+class InputError(Exception):
+    """Something the user gave cannot work: reported in one line, exit code 2."""
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line; with --resume or --evaluate the defaults are that run's settings."""
+
+    def parse(default: Args) -> Args:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Args, args=argv, default=default)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            # tyro draws a box of several lines: keep what is wrong (above its first ruler) and the flags it suggests.
+            problem, *rest = "\n".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:]).split("───", 1)
+            similar = " or ".join(line.split()[0] for line in "".join(rest).splitlines() if line.startswith("--"))
+            raise InputError(" ".join(problem.split()) + (f" (see {similar})" if similar else "")) from None
+
+    args = parse(Args())
+    if run_dir := args.resume or args.evaluate:
+        try:
+            saved = Args(**json.loads((Path(run_dir) / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{run_dir} is not a run directory: {error}") from error
+        args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Raises InputError for the first setting that cannot work."""
+    above_zero = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
+    above_zero += ["total_timesteps", "learning_rate", "clip_coef", "max_grad_norm", "adam_eps", "target_kl"]
+    for name in above_zero + ["seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"]:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and not (value > 0 if name in above_zero else value >= 0):
+            raise InputError(f"{flag} must be {'above 0' if name in above_zero else '0 or more'}, not {value}")
+        if value == math.inf and name not in ("max_grad_norm", "target_kl"):
+            raise InputError(f"{flag} must be finite")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise InputError(f"{flag} must be at most 1, not {value}")
+    if args.batch_size % args.num_minibatches:
+        raise InputError(f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.batch_size} samples "
+                         f"cannot be cut into --num-minibatches {args.num_minibatches} equal parts")  # fmt: skip
+    if args.norm_adv and not args.norm_adv_per_batch and args.batch_size == args.num_minibatches:
+        raise InputError("a minibatch of one sample cannot be normalized: lower --num-minibatches or use --no-norm-adv")
+    if args.num_updates == 0:
+        raise InputError(f"--total-timesteps {args.total_timesteps} is less than one rollout of {args.batch_size} steps")
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise InputError("--compile needs a C++ compiler such as g++")
+
+
+class SafeRecordVideo(gym.wrappers.RecordVideo):
+    """RecordVideo that gives up recording, not training, when the renderer or the encoder fails."""
+
+    def _attempt(self, method) -> None:
+        try:
+            method()
+        except Exception as error:
+            print(f"no more videos, recording failed: {error}", file=sys.stderr)
+            self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
+
+    def _capture_frame(self) -> None:
+        self._attempt(super()._capture_frame)
+
+    def stop_recording(self) -> None:
+        """Writes the video file, if that is possible."""
+        self._attempt(super().stop_recording)
+
+
+def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) -> gym.vector.SyncVectorEnv:
+    """Creates num_envs environments that are stepped together; raises InputError if that is impossible.
+
+    Their observations are vectors [size]: other Boxes are flattened, Discrete observations become one-hot.
+    """
+
+    def make_env(index: int) -> gym.Env:
+        env, kwargs = None, json.loads(args.env_kwargs)
+        if video_folder and index == 0:
+            try:
+                env = gym.make(args.env_id, render_mode="rgb_array", **kwargs)
+                env = SafeRecordVideo(env, str(video_folder), video_trigger, name_prefix=f"{time.time():.0f}")
+            except Exception as error:
+                print(f"no videos, {args.env_id} cannot be recorded: {error}", file=sys.stderr)
+        env = env or gym.make(args.env_id, **kwargs)
+        if not isinstance(env.action_space, Discrete):
+            raise InputError(f"{args.env_id}: {SCRIPT}.py needs Discrete actions, not {env.action_space}")
+        if not isinstance(env.observation_space, Box | Discrete):
+            raise InputError(f"{args.env_id}: {SCRIPT}.py needs Box or Discrete observations, not {env.observation_space}")
+        if first := int(env.action_space.start):  # the network counts actions from 0
+            env = gym.wrappers.TransformAction(env, lambda action: action + first, Discrete(int(env.action_space.n)))
+        if len(env.observation_space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        return gym.wrappers.RecordEpisodeStatistics(env)
+
+    try:
+        # [core-1] Where an episode ends, the environment restarts within the same step, which then returns the next
+        # episode's first observation. Gymnasium's default spends an extra step on the restart: a transition that never
+        # happened, and must not be learned from.
+        return gym.vector.SyncVectorEnv(
+            [lambda index=index: make_env(index) for index in range(args.num_envs)],
+            copy=False,  # collect_rollout copies what it keeps
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # a constructor may raise anything
+        raise InputError(f"cannot make {args.env_id}: {' '.join(str(error).split())}") from error
+
+
+def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
+    """Initializes a layer like the official code (a2c/utils.py) and returns it."""
+    if args.orthogonal_init:
+        # [core-2] An orthogonal matrix changes no vector's length much, so signals and gradients keep their scale.
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """A policy (actor) and a value function (critic), each with two hidden layers of 64 tanh units (common/models.py).
+
+    actor: observations [..., size] -> logits [..., actions] of a categorical distribution over the actions.
+    critic: observations [..., size] -> expected discounted returns [..., 1].
+    """
+
+    def __init__(self, observation_size: int, num_actions: int, args: Args):
+        super().__init__()
+
+        def hidden_layers() -> list[nn.Module]:
+            first, second = nn.Linear(observation_size, 64), nn.Linear(64, 64)
+            return [layer_init(first, 2**0.5, args), nn.Tanh(), layer_init(second, 2**0.5, args), nn.Tanh()]
+
+        # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features.
+        actor_layers = hidden_layers()
+        critic_layers = actor_layers if args.shared_network else hidden_layers()
+        # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
+        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, num_actions), 0.01, args))
+        self.critic = nn.Sequential(*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args))
+
+
+def log_probabilities(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of all actions, shaped like the logits [..., actions], and of the given ones, shaped [...]."""
+    all_log_probs = logits.log_softmax(-1)
+    return all_log_probs, all_log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+class Rollout(NamedTuple):
+    """num_steps = T steps in each of num_envs = N environments."""
+
+    obs: np.ndarray  # [T+1, N, size] float32; the last row is where the next rollout goes on
+    actions: np.ndarray  # [T, N] int64
+    rewards: np.ndarray  # [T, N] float32
+    dones: np.ndarray  # [T, N] bool: this step ended its episode
+    truncated: list[tuple[int, int, np.ndarray]]  # step, environment and last observation of episodes cut by a limit
+    episodes: list[tuple[int, float, int]]  # step, return and length of the episodes that ended
+
+
+@torch.inference_mode()
+def collect_rollout(agent: Agent, envs: gym.vector.VectorEnv, next_obs: np.ndarray, args: Args, device) -> Rollout:
+    """Acts for num_steps steps, starting from the observations next_obs [N, size] (ppo2/runner.py)."""
+    obs = np.empty((args.num_steps + 1, *next_obs.shape), np.float32)
+    actions = np.empty((args.num_steps, args.num_envs), np.int64)
+    rewards = np.empty((args.num_steps, args.num_envs), np.float32)
+    dones = np.empty((args.num_steps, args.num_envs), bool)
+    truncated, episodes = [], []
+    # The argmax of logits + Gumbel noise is a sample of their categorical distribution (the official code draws it so
+    # too). One large draw for the whole rollout is much faster than one for each step.
+    shape = (args.num_steps, args.num_envs, int(envs.single_action_space.n))
+    gumbel = -torch.empty(shape).exponential_().log().to(device)
+    # The layers' plain functions: for a few rows the hooks that a module call looks for cost more than its arithmetic.
+    layers = [layer.forward for layer in agent.actor]
+
+    obs[0] = next_obs
+    for step, (row, noise) in enumerate(zip(torch.from_numpy(obs), gumbel)):
+        logits = row.to(device)
+        for layer in layers:  # acting needs no values: train() computes them for the whole rollout at once
+            logits = layer(logits)
+        actions[step] = (logits + noise).argmax(-1).cpu().numpy()
+        obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
+        dones[step] = terminations | truncations
+        if "final_info" in infos:
+            for env in np.flatnonzero(dones[step]):
+                episode = infos["final_info"]["episode"]
+                episodes.append((step, float(episode["r"][env]), int(episode["l"][env])))
+                if not terminations[env]:
+                    truncated.append((step, int(env), np.asarray(infos["final_obs"][env], np.float32)))
+    return Rollout(obs, actions, rewards, dones, truncated, episodes)
+
+
+def compute_gae(
+    rewards: torch.Tensor, values: torch.Tensor, dones: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438; ppo2/runner.py).
+
+    rewards [T, N], dones [T, N] (this step ended its episode) and values [T+1, N], the last row for the observations
+    after the last step. Returns advantages A and value targets R, [T, N] each:
+
+        delta_t = r_t + gamma * V(s_t+1) * (1 - done_t) - V(s_t)
+        A_t = delta_t + gamma * lambda * (1 - done_t) * A_t+1        R_t = A_t + V(s_t)
+    """
+    # [core-5] Where the rollout stops within an episode, V(s_T) stands for the rest of it; where an episode ends,
+    # nothing follows. Lambda trades the bias of V against the variance of long sums. [extra-13] In float64.
+    unfinished = 1.0 - dones.double()
+    deltas = rewards + gamma * values[1:] * unfinished - values[:-1]
+    advantages = [torch.zeros_like(deltas[0])]
+    for delta, decay in zip(deltas.flip(0), gamma * gae_lambda * unfinished.flip(0)):
+        advantages.append(torch.addcmul(delta, decay, advantages[-1]))
+    advantages = torch.stack(advantages[:0:-1]).to(values.dtype)
+    return advantages, advantages + values[:-1]
+
+
+def normalize(advantages: torch.Tensor, args: Args) -> torch.Tensor:
+    """Advantages with mean 0 and standard deviation 1 along the last dimension (ppo2/model.py)."""
+    # [extra-3] The population's deviation, which divides by n; PyTorch's default divides by n - 1.
+    std, mean = torch.std_mean(advantages, -1, correction=0 if args.population_std else 1, keepdim=True)
+    return (advantages - mean) / (std + 1e-8)
+
+
+def ppo_loss(
+    logits: torch.Tensor, values: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor,
+    advantages: torch.Tensor, returns: torch.Tensor, old_values: torch.Tensor, clip_coef: float, args: Args,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The loss of a minibatch of B samples (ppo2/model.py).
+
+    logits [B, actions] and values [B] are the network's present output, all other tensors [B] come from the rollout.
+    Returns the loss [], its terms [3] (policy loss, value loss, entropy) and the log-ratios [B] of new to old policy.
+    """
+    all_log_probs, log_probs = log_probabilities(logits, actions)
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+
+    # [core-8] Taking the worse of both leaves nothing to gain from moving the ratio further than clip_coef from 1.
+    policy_loss = -advantages * ratio
+    if args.clip_policy:
+        policy_loss = torch.maximum(policy_loss, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+    policy_loss = policy_loss.mean()
+
+    # [core-9] The same for the value function: nothing to gain from moving further than clip_coef from the old value.
+    value_loss = (values - returns).square()
+    if args.clip_vloss:
+        clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        value_loss = torch.maximum(value_loss, (clipped_values - returns).square())
+    value_loss = 0.5 * value_loss.mean()  # [extra-6] this half comes on top of vf_coef
+
+    # [core-10] One loss for policy and value function; the entropy bonus keeps the policy from settling too early.
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1).mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, torch.stack([policy_loss, value_loss, entropy]).detach(), log_ratio.detach()
+
+
+def policy_change(log_ratio: torch.Tensor, clip_coef: float) -> dict[str, float]:
+    """How far the policy has moved, given log-ratios of new to old policy of any shape (ppo2/model.py)."""
+    # [core-12] Three estimates of the KL divergence between them (http://joschu.net/blog/kl-approx.html): k1, the
+    # article's; k3, which varies less; and k2, the one that the official code logs [extra-7].
+    ratio = log_ratio.exp()
+    return {
+        "losses/old_approx_kl": -log_ratio.mean().item(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean().item(),
+        "losses/official_approx_kl": 0.5 * log_ratio.square().mean().item(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean().item(),
+    }
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on one vector [P] of all parameters, as TensorFlow 1 computes it.
+
+    The agent's parameters become views of that vector: a step then takes a few operations, not a few for each layer.
+    """
+
+    def __init__(self, agent: Agent):
+        parameters = list(agent.parameters())
+        self.parameters = torch.cat([p.detach().flatten() for p in parameters])
+        for parameter, view in zip(parameters, self.parameters.split([p.numel() for p in parameters])):
+            parameter.data = view.view_as(parameter)
+        self.moment1, self.moment2 = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)
+        self.steps = 0
+
+    def coefficients(self, learning_rate: float, args: Args) -> tuple[float, float]:
+        """Counts one more step and returns its step size, with Adam's bias corrections, and its epsilon."""
+        self.steps += 1
+        correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
+        # [core-3] A larger epsilon than the usual 1e-8 shortens the steps of parameters with tiny gradients. [extra-1]
+        # TensorFlow 1 adds it to the root of the uncorrected second moment, where it weighs up to 32 times as much.
+        epsilon = args.adam_eps if args.adam_eps_hat else args.adam_eps * correction2
+        return learning_rate * correction2 / correction1, epsilon
+
+    def step(self, gradient: torch.Tensor, step_size: float, epsilon: float) -> None:
+        """Moves the parameters against their gradient [P]."""
+        self.moment1.lerp_(gradient, 1 - 0.9)
+        self.moment2.lerp_(gradient.square(), 1 - 0.999)
+        self.parameters -= step_size * self.moment1 / (self.moment2.sqrt() + epsilon)
+
+
+def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, epsilon, args: Args):
+    """Improves the agent on one minibatch (obs [B, size], then what ppo_loss takes); returns loss terms, log-ratios."""
+    obs, *others = minibatch
+    loss, terms, log_ratio = ppo_loss(agent.actor(obs), agent.critic(obs).squeeze(-1), *others, clip_coef, args)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    with torch.no_grad():
+        # [core-11] One norm over all parameters together: clipping shortens the gradient but keeps its direction.
+        gradient *= (args.max_grad_norm / gradient.norm()).clamp(max=1)
+        adam.step(gradient, step_size, epsilon)
+    return terms, log_ratio
+
+
+def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
+    """Reads checkpoint.pt into the agent and Adam and returns all it holds; raises InputError if it is no good."""
+    try:
+        state = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # cannot run code
+        agent.load_state_dict(state["agent"])
+        if adam:
+            adam.moment1.copy_(state["moment1"])
+            adam.moment2.copy_(state["moment2"])
+            adam.steps = state["gradient_steps"]
+        return state
+    except Exception as error:  # a broken file makes torch.load raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {reason}") from error
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Replaces a file at once: if writing is cut short by a kill or a full disk, the old file stays."""
+    path.with_suffix(".tmp").write_bytes(contents)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def start_tracking(args: Args, path: Path):
+    """Starts the run at Weights & Biases or goes on with it; raises InputError if that is impossible."""
+    import wandb
+
+    try:
+        run = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=path.name, id=path.name,
+                         resume="allow", config=asdict(args), dir=path, save_code=True, monitor_gym=True)  # fmt: skip
+    except Exception as error:
+        raise InputError(f"--track: {' '.join(str(error).split())}") from error
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+class Run:
+    """What a run has besides the algorithm: its directory, metrics, checkpoints, progress bar and signals."""
+
+    def __init__(self, args: Args, path: Path, agent: Agent, adam: Adam):
+        self.args, self.path, self.agent, self.adam = args, path, agent, adam
+        self.update, self.seconds, self.returns, self.stopped_by = 0, 0.0, deque(maxlen=100), None
+        self.metrics = open(path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: a kill cannot tear a line
+        if args.resume:
+            state = restore(path, agent, adam)
+            self.update, self.seconds = state["update"], state["seconds"]
+            self.returns.extend(state["returns"])
+            torch.set_rng_state(state["rng"])
+            self.metrics.truncate(state["metrics_bytes"])  # the steps after the checkpoint are going to be done again
+        write_atomically(path / "config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+        self.wandb = start_tracking(args, path) if args.track else None
+        self.first_step, self.start = self.update * args.batch_size, time.time()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=args.num_updates * args.batch_size, initial=self.first_step, desc=args.env_id, unit=" steps",
+            mininterval=0.1 if terminal else 10, bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt} steps,"
+            " {rate_fmt}{postfix}, {remaining} left\n",
+        )  # fmt: skip
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, number: int, frame) -> None:
+        """Asks for the end of training after this update. A second signal kills."""
+        self.stopped_by = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, global_step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl; not-a-number becomes null, since JSON has no word for it."""
+        row = {"global_step": global_step, "wall_time": round(self.seconds + time.time() - self.start, 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write((json.dumps(row) + "\n").encode())
+        if self.wandb:
+            self.wandb.log(row)
+
+    def end_update(self, rollout: Rollout, values: dict[str, float]) -> None:
+        """Logs an update and the episodes that ended in it, moves the progress bar, and saves when it is time to."""
+        start_step, self.update = self.update * self.args.batch_size, self.update + 1
+        for step, episodic_return, length in rollout.episodes:
+            self.returns.append(episodic_return)
+            episode = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
+            self.log(start_step + (step + 1) * self.args.num_envs, episode)
+        global_step = self.update * self.args.batch_size
+        speed = int((global_step - self.first_step) / (time.time() - self.start))
+        self.log(global_step, {"charts/SPS": speed} | values)
+        self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
+        self.bar.update(self.args.batch_size)
+        if self.update % self.args.checkpoint_interval == 0 or self.update == self.args.num_updates or self.stopped_by:
+            self.save()
+
+    def save(self) -> None:
+        """Writes checkpoint.pt; if that is cut short, the previous one stays."""
+        state = {
+            "agent": self.agent.state_dict(), "moment1": self.adam.moment1, "moment2": self.adam.moment2,
+            "gradient_steps": self.adam.steps, "update": self.update, "rng": torch.get_rng_state(),
+            "returns": list(self.returns), "metrics_bytes": self.metrics.tell(),
+            "seconds": self.seconds + time.time() - self.start,
+        }  # fmt: skip
+        contents = io.BytesIO()
+        torch.save(state, contents)
+        write_atomically(self.path / "checkpoint.pt", contents.getbuffer())
+
+    def close(self) -> None:
+        """Ends the progress bar, the tracking and the handling of signals."""
+        self.bar.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def train(args: Args) -> dict:
+    """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
+
+    Raises InputError for settings that cannot work, FloatingPointError when the training diverged.
+    """
+    check_args(args)
+    torch.set_num_threads(1)  # matrices this small are faster with one thread
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    make_envs(replace(args, num_envs=1)).close()  # if this fails, it fails before anything is created
+    path = run_directory(args)
+    envs = make_envs(args, path / "videos" if args.capture_video else None)
+    agent = Agent(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n), args).to(device)
+    adam = Adam(agent)
+    run = Run(args, path, agent, adam)
+    improve = gradient_step
+    if args.compile:  # forward pass, backward pass and Adam become one compiled function
+        torch._dynamo.config.trace_autograd_ops = True
+        improve = torch.compile(gradient_step, fullgraph=True, dynamic=False)
+
+    next_obs, _ = envs.reset(seed=args.seed + run.first_step)  # a resumed run does not repeat its first episodes
+    run.save()
+    while run.update < args.num_updates and not run.stopped_by:
+        # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
+        remaining = 1 - run.update / args.num_updates
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        # [aux-1] So may the clip range; in the official code it is constant. [extra-9]
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+
+        # [core-1] Rollouts have a fixed length; the next one goes on where this one stops, in the middle of episodes.
+        rollout = collect_rollout(agent, envs, next_obs, args, device)
+        next_obs = rollout.obs[-1]
+        obs, actions, rewards, dones = (torch.from_numpy(array).to(device) for array in rollout[:4])
+        with torch.no_grad():
+            values = agent.critic(obs).squeeze(-1)
+            _, log_probs = log_probabilities(agent.actor(obs[:-1]), actions)
+            # [extra-14] The official code takes a time limit for an end; this adds the value of what was cut off.
+            for step, env, last_obs in rollout.truncated if args.bootstrap_truncated else []:
+                rewards[step, env] += args.gamma * agent.critic(torch.from_numpy(last_obs).to(device)).squeeze(-1)
+            advantages, returns = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda if args.gae else 1.0)
+        advantages = returns - values[:-1]  # [extra-4]
+        if args.norm_adv and args.norm_adv_per_batch:
+            advantages = normalize(advantages.flatten(), args)
+        batch = [obs[:-1], actions, log_probs, advantages, returns, values[:-1]]
+        batch = [tensor.reshape(args.batch_size, *tensor.shape[2:]) for tensor in batch]
+
+        terms, log_ratios = [], []
+        for epoch in range(args.update_epochs):
+            # [core-6] Each epoch shuffles the samples anew and uses every one of them once.
+            order = torch.randperm(args.batch_size)
+            if args.minibatch_replacement:
+                order = torch.randint(args.batch_size, (args.batch_size,))
+            minibatches = [tensor[order.view(args.num_minibatches, -1).to(device)] for tensor in batch]
+            # [core-7] Advantages on one scale let one learning rate fit rewards of any scale.
+            if args.norm_adv and not args.norm_adv_per_batch:
+                minibatches[3] = normalize(minibatches[3], args)
+            for minibatch in zip(*minibatches):
+                coefficients = (clip_coef, *adam.coefficients(learning_rate, args))
+                if args.compile:  # as tensors, for a number that changes would be compiled anew
+                    coefficients = torch.tensor(coefficients, device=device).unbind()
+                minibatch_terms, log_ratio = improve(agent, adam, minibatch, *coefficients, args)
+                terms.append(minibatch_terms)
+                log_ratios.append(log_ratio)
+            # [aux-3] The policy is then far enough from the one that collected the data.
+            if args.target_kl is not None:
+                change = policy_change(torch.stack(log_ratios[-args.num_minibatches :]), clip_coef)
+                if change["losses/approx_kl"] > args.target_kl:
+                    break
+
+        # [core-12] Means over all minibatches of the update, each taken before its own gradient step. [extra-8]
+        names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+        losses = dict(zip(names, torch.stack(terms).mean(0).tolist())) | policy_change(torch.stack(log_ratios), clip_coef)
+        if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():
+            raise FloatingPointError(f"the loss of update {run.update + 1} is not finite; {path} keeps the last checkpoint")
+        losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
+        run.end_update(rollout, {"charts/learning_rate": learning_rate} | losses)
+
+    envs.close()
+    run.close()
+    result = {"run_dir": str(path), "global_step": run.update * args.batch_size}
+    return result | {"episodic_return": float(np.mean(run.returns or [math.nan]))}
+
+
+def run_directory(args: Args) -> Path:
+    """The directory of the run, which is created unless the run is resumed; raises InputError if it cannot be."""
+    if args.resume:
+        return Path(args.resume)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+    path = Path(args.runs_dir) / re.sub(r"[^\w.-]", "-", name)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create the run directory: {error}") from error
+    return path
+
+
+def evaluate(args: Args) -> list[float]:
+    """Plays eval_episodes episodes with a trained agent, prints and returns their returns."""
+    check_args(args)
+    path = Path(args.evaluate)
+    videos = path / "videos" if args.capture_video else None
+    envs = make_envs(replace(args, num_envs=1), videos, lambda episode: episode < args.eval_episodes)
+    agent = Agent(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n), args)
+    restore(path, agent)
+    torch.manual_seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed)
+    returns = []
+    while len(returns) < args.eval_episodes:
+        with torch.inference_mode():
+            logits = agent.actor(torch.from_numpy(obs.astype(np.float32)))
+            policy = torch.distributions.Categorical(logits=logits)
+            action = policy.mode if args.eval_deterministic else policy.sample()
+        obs, _, _, _, infos = envs.step(action.numpy())
+        if "final_info" in infos:
+            returns.append(float(infos["final_info"]["episode"]["r"][0]))
+    envs.close()
+    print(f"{args.env_id}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
+    return returns
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 2 for bad input, 1 for other failures."""
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            evaluate(args)
+        else:
+            result = train(args)
+            print("{run_dir}: {global_step} steps, mean return {episodic_return:.1f}".format(**result))
+        return 0
+    except (InputError, FloatingPointError, OSError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
