@@ -386,9 +386,9 @@ class Adam:
     """
 
     def __init__(self, agent: Agent):
-        parameters = list(agent.parameters())
-        self.parameters = torch.cat([p.detach().flatten() for p in parameters])
-        for parameter, view in zip(parameters, self.parameters.split([p.numel() for p in parameters])):
+        self.tensors = list(agent.parameters())
+        self.parameters = torch.cat([p.detach().flatten() for p in self.tensors])
+        for parameter, view in zip(self.tensors, self.parameters.split([p.numel() for p in self.tensors])):
             parameter.data = view.view_as(parameter)
         self.moment1, self.moment2 = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)
         self.steps = 0
@@ -413,7 +413,7 @@ def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, eps
     """Improves the agent on one minibatch (obs [B, size], then what ppo_loss takes); returns loss terms, log-ratios."""
     obs, *others = minibatch
     loss, terms, log_ratio = ppo_loss(agent.actor(obs), agent.critic(obs).squeeze(-1), *others, clip_coef, args)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, adam.tensors)])
     with torch.no_grad():
         # [core-11] One norm over all parameters together: clipping shortens the gradient but keeps its direction.
         gradient *= (args.max_grad_norm / gradient.norm()).clamp(max=1)

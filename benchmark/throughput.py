@@ -3,9 +3,9 @@
     python -m benchmark.throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
 
 Every command is run with a small and with a large number of steps ({steps} in the command); their difference leaves
-out what start-up and compilation cost. The commands take turns, round after round, so that a machine whose speed
-drifts treats all alike. The table gives medians over the rounds, and the median of the per-round ratios to the first
-peer.
+out what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
+--seconds. The commands take turns, round after round, so that a machine whose speed drifts treats all alike. The table
+gives medians over the rounds, and the median of the ratios within a round to each peer.
 """
 
 import json
@@ -38,8 +38,10 @@ class Args:
         ]
     )
     """our commands, in the same form"""
-    steps: tuple[int, int] = (20_480, 122_880)
-    """small and large number of steps"""
+    steps: int = 20_480
+    """the small number of steps, a multiple of every command's rollout"""
+    seconds: float = 20
+    """how much longer the run with the large number of steps should take"""
     rounds: int = 5
     """how often every command is measured"""
     output: Path | None = None
@@ -70,17 +72,20 @@ def main() -> None:
     args = tyro.cli(Args)
     commands = dict(entry.split("=", 1) for entry in args.peer + args.ours)
     speeds: dict[str, list[float]] = {name: [] for name in commands}
-    small, large = args.steps
     with tempfile.TemporaryDirectory() as directory:
+        large = {}
+        for name, command in commands.items():
+            extra = seconds(command, 3 * args.steps, directory) - seconds(command, args.steps, directory)
+            large[name] = args.steps * (1 + max(2, round(2 * args.seconds / max(extra, 0.1))))
         for round_number in range(1, args.rounds + 1):
             for name, command in commands.items():
-                extra = seconds(command, large, directory) - seconds(command, small, directory)
-                speeds[name].append((large - small) / extra)
+                extra = seconds(command, large[name], directory) - seconds(command, args.steps, directory)
+                speeds[name].append((large[name] - args.steps) / extra)
                 print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
     baselines = [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[:1]
     print(table(speeds, baselines))
     if args.output:
-        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "steps": args.steps, "speeds": speeds}
+        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "steps": [args.steps, large], "speeds": speeds}
         args.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -51,7 +51,7 @@ class Setup:
 
     def step(self, update: int):
         """One official `Model.train` call: returns the loss terms and the log-ratios before it."""
-        coefficients = ppo.adam_coefficients(update + 1, float(self.data["lr"][update]), self.args)
+        coefficients = self.adam.coefficients(float(self.data["lr"][update]), self.args)
         clip_coef = float(self.data["cliprange"][update])
         return ppo.gradient_step(self.agent, self.adam, self.minibatch(update), clip_coef, *coefficients, self.args)
 
@@ -128,7 +128,7 @@ def test_without_eps_hat_adam_is_pytorchs(load_fixture):
         gradient = official_vector(setup.data, f"grads{step}", False)
         reference.grad = gradient.clone()
         optimizer.step()
-        setup.adam.step(gradient, *ppo.adam_coefficients(step, 3e-4, setup.args))
+        setup.adam.step(gradient, *setup.adam.coefficients(3e-4, setup.args))
         torch.testing.assert_close(setup.adam.parameters, reference.detach(), rtol=0, atol=1e-7)
 
 
@@ -158,7 +158,7 @@ def test_schedules(load_fixture, monkeypatch, tmp_path):
         recorded = {key.split("/")[1]: data[key] for key in data.files if key.startswith(f"case{case}/")}
         learning_rates, clip_coefs = [], []
 
-        def coefficients(step, learning_rate, args, learning_rates=learning_rates):
+        def coefficients(adam, learning_rate, args, learning_rates=learning_rates):
             learning_rates.append(learning_rate)
             return learning_rate, 1e-5
 
@@ -171,7 +171,7 @@ def test_schedules(load_fixture, monkeypatch, tmp_path):
             actions, rewards, dones = np.zeros(shape, int), np.zeros(shape, np.float32), np.zeros(shape, bool)
             return ppo.Rollout(np.zeros((shape[0] + 1, shape[1], 4), np.float32), actions, rewards, dones, [], [])
 
-        monkeypatch.setattr(ppo, "adam_coefficients", coefficients)
+        monkeypatch.setattr(ppo.Adam, "coefficients", coefficients)
         monkeypatch.setattr(ppo, "gradient_step", no_step)
         monkeypatch.setattr(ppo, "collect_rollout", no_rollout)
         learning_rate, clip_coef = str(recorded["lr_spec"]), str(recorded["cliprange_spec"])
