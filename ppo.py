@@ -19,7 +19,7 @@ docs/details.md lists them all. The algorithm is by Schulman et al. 2017, arXiv:
 
     python ppo.py          CartPole-v1: a mean return above 475 (of at most 500) after 500,000 steps
 
-train(), near the end, is the algorithm; what it calls stands above it.
+train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
 """
 
 import contextlib
@@ -114,77 +114,6 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-class InputError(Exception):
-    """Something the user gave cannot work: reported in one line, exit code 2."""
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line; with --resume or --evaluate the defaults are that run's settings."""
-
-    def parse(default: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, args=argv, default=default)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            # tyro draws a box of several lines: keep what is wrong (above its first ruler) and the flags it suggests.
-            problem, *rest = "\n".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:]).split("───", 1)
-            similar = " or ".join(line.split()[0] for line in "".join(rest).splitlines() if line.startswith("--"))
-            raise InputError(" ".join(problem.split()) + (f" (see {similar})" if similar else "")) from None
-
-    args = parse(Args())
-    if run_dir := args.resume or args.evaluate:
-        try:
-            saved = Args(**json.loads((Path(run_dir) / "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{run_dir} is not a run directory: {error}") from error
-        args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Raises InputError for the first setting that cannot work."""
-    above_zero = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
-    above_zero += ["total_timesteps", "learning_rate", "clip_coef", "max_grad_norm", "adam_eps", "target_kl"]
-    for name in above_zero + ["seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"]:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and not (value > 0 if name in above_zero else value >= 0):
-            raise InputError(f"{flag} must be {'above 0' if name in above_zero else '0 or more'}, not {value}")
-        if value == math.inf and name not in ("max_grad_norm", "target_kl"):
-            raise InputError(f"{flag} must be finite")
-        if name in ("gamma", "gae_lambda") and value > 1:
-            raise InputError(f"{flag} must be at most 1, not {value}")
-    if args.batch_size % args.num_minibatches:
-        raise InputError(f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.batch_size} samples "
-                         f"cannot be cut into --num-minibatches {args.num_minibatches} equal parts")  # fmt: skip
-    if args.norm_adv and not args.norm_adv_per_batch and args.batch_size == args.num_minibatches:
-        raise InputError("a minibatch of one sample cannot be normalized: lower --num-minibatches or use --no-norm-adv")
-    if args.num_updates == 0:
-        raise InputError(f"--total-timesteps {args.total_timesteps} is less than one rollout of {args.batch_size} steps")
-    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise InputError("--compile needs a C++ compiler such as g++")
-
-
-class SafeRecordVideo(gym.wrappers.RecordVideo):
-    """RecordVideo that gives up recording, not training, when the renderer or the encoder fails."""
-
-    def _attempt(self, method) -> None:
-        try:
-            method()
-        except Exception as error:
-            print(f"no more videos, recording failed: {error}", file=sys.stderr)
-            self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
-
-    def _capture_frame(self) -> None:
-        self._attempt(super()._capture_frame)
-
-    def stop_recording(self) -> None:
-        """Writes the video file, if that is possible."""
-        self._attempt(super().stop_recording)
-
-
 def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) -> gym.vector.SyncVectorEnv:
     """Creates num_envs environments that are stepped together; raises InputError if that is impossible.
 
@@ -199,11 +128,12 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
                 env = SafeRecordVideo(env, str(video_folder), video_trigger, name_prefix=f"{time.time():.0f}")
             except Exception as error:
                 print(f"no videos, {args.env_id} cannot be recorded: {error}", file=sys.stderr)
+                env = None
         env = env or gym.make(args.env_id, **kwargs)
         if not isinstance(env.action_space, Discrete):
-            raise InputError(f"{args.env_id}: {SCRIPT}.py needs Discrete actions, not {env.action_space}")
+            raise InputError(f"{SCRIPT}.py needs Discrete actions, not {env.action_space}")
         if not isinstance(env.observation_space, Box | Discrete):
-            raise InputError(f"{args.env_id}: {SCRIPT}.py needs Box or Discrete observations, not {env.observation_space}")
+            raise InputError(f"{SCRIPT}.py needs Box or Discrete observations, not {env.observation_space}")
         if first := int(env.action_space.start):  # the network counts actions from 0
             env = gym.wrappers.TransformAction(env, lambda action: action + first, Discrete(int(env.action_space.n)))
         if len(env.observation_space.shape) != 1:
@@ -222,13 +152,14 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
     except InputError:
         raise
     except Exception as error:  # a constructor may raise anything
-        raise InputError(f"cannot make {args.env_id}: {' '.join(str(error).split())}") from error
+        given = "" if args.env_kwargs == "{}" else f" with --env-kwargs {args.env_kwargs}"
+        raise InputError(f"cannot make {args.env_id}{given}: {' '.join(str(error).split())}") from error
 
 
 def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
     """Initializes a layer like the official code (a2c/utils.py) and returns it."""
     if args.orthogonal_init:
-        # [core-2] An orthogonal matrix changes no vector's length much, so signals and gradients keep their scale.
+        # [core-2] Orthogonal weights let signals and gradients pass through the layers with their scale unchanged.
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return layer
@@ -241,18 +172,18 @@ class Agent(nn.Module):
     critic: observations [..., size] -> expected discounted returns [..., 1].
     """
 
-    def __init__(self, observation_size: int, num_actions: int, args: Args):
+    def __init__(self, observation_space: Box, action_space: Discrete, args: Args):
         super().__init__()
 
         def hidden_layers() -> list[nn.Module]:
-            first, second = nn.Linear(observation_size, 64), nn.Linear(64, 64)
+            first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
             return [layer_init(first, 2**0.5, args), nn.Tanh(), layer_init(second, 2**0.5, args), nn.Tanh()]
 
         # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features.
         actor_layers = hidden_layers()
         critic_layers = actor_layers if args.shared_network else hidden_layers()
         # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
-        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, num_actions), 0.01, args))
+        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, int(action_space.n)), 0.01, args))
         self.critic = nn.Sequential(*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args))
 
 
@@ -421,116 +352,6 @@ def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, eps
     return terms, log_ratio
 
 
-def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
-    """Reads checkpoint.pt into the agent and Adam and returns all it holds; raises InputError if it is no good."""
-    try:
-        state = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # cannot run code
-        agent.load_state_dict(state["agent"])
-        if adam:
-            adam.moment1.copy_(state["moment1"])
-            adam.moment2.copy_(state["moment2"])
-            adam.steps = state["gradient_steps"]
-        return state
-    except Exception as error:  # a broken file makes torch.load raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {reason}") from error
-
-
-def write_atomically(path: Path, contents: bytes) -> None:
-    """Replaces a file at once: if writing is cut short by a kill or a full disk, the old file stays."""
-    path.with_suffix(".tmp").write_bytes(contents)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def start_tracking(args: Args, path: Path):
-    """Starts the run at Weights & Biases or goes on with it; raises InputError if that is impossible."""
-    import wandb
-
-    try:
-        run = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=path.name, id=path.name,
-                         resume="allow", config=asdict(args), dir=path, save_code=True, monitor_gym=True)  # fmt: skip
-    except Exception as error:
-        raise InputError(f"--track: {' '.join(str(error).split())}") from error
-    run.define_metric("*", step_metric="global_step")
-    return run
-
-
-class Run:
-    """What a run has besides the algorithm: its directory, metrics, checkpoints, progress bar and signals."""
-
-    def __init__(self, args: Args, path: Path, agent: Agent, adam: Adam):
-        self.args, self.path, self.agent, self.adam = args, path, agent, adam
-        self.update, self.seconds, self.returns, self.stopped_by = 0, 0.0, deque(maxlen=100), None
-        self.metrics = open(path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: a kill cannot tear a line
-        if args.resume:
-            state = restore(path, agent, adam)
-            self.update, self.seconds = state["update"], state["seconds"]
-            self.returns.extend(state["returns"])
-            torch.set_rng_state(state["rng"])
-            self.metrics.truncate(state["metrics_bytes"])  # the steps after the checkpoint are going to be done again
-        write_atomically(path / "config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
-        self.wandb = start_tracking(args, path) if args.track else None
-        self.first_step, self.start = self.update * args.batch_size, time.time()
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=args.num_updates * args.batch_size, initial=self.first_step, desc=args.env_id, unit=" steps",
-            mininterval=0.1 if terminal else 10, bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt} steps,"
-            " {rate_fmt}{postfix}, {remaining} left\n",
-        )  # fmt: skip
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(self, number: int, frame) -> None:
-        """Asks for the end of training after this update. A second signal kills."""
-        self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-    def log(self, global_step: int, values: dict[str, float]) -> None:
-        """Appends a line to metrics.jsonl; not-a-number becomes null, since JSON has no word for it."""
-        row = {"global_step": global_step, "wall_time": round(self.seconds + time.time() - self.start, 3)}
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write((json.dumps(row) + "\n").encode())
-        if self.wandb:
-            self.wandb.log(row)
-
-    def end_update(self, rollout: Rollout, values: dict[str, float]) -> None:
-        """Logs an update and the episodes that ended in it, moves the progress bar, and saves when it is time to."""
-        start_step, self.update = self.update * self.args.batch_size, self.update + 1
-        for step, episodic_return, length in rollout.episodes:
-            self.returns.append(episodic_return)
-            episode = {"charts/episodic_return": episodic_return, "charts/episodic_length": length}
-            self.log(start_step + (step + 1) * self.args.num_envs, episode)
-        global_step = self.update * self.args.batch_size
-        speed = int((global_step - self.first_step) / (time.time() - self.start))
-        self.log(global_step, {"charts/SPS": speed} | values)
-        self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
-        self.bar.update(self.args.batch_size)
-        if self.update % self.args.checkpoint_interval == 0 or self.update == self.args.num_updates or self.stopped_by:
-            self.save()
-
-    def save(self) -> None:
-        """Writes checkpoint.pt; if that is cut short, the previous one stays."""
-        state = {
-            "agent": self.agent.state_dict(), "moment1": self.adam.moment1, "moment2": self.adam.moment2,
-            "gradient_steps": self.adam.steps, "update": self.update, "rng": torch.get_rng_state(),
-            "returns": list(self.returns), "metrics_bytes": self.metrics.tell(),
-            "seconds": self.seconds + time.time() - self.start,
-        }  # fmt: skip
-        contents = io.BytesIO()
-        torch.save(state, contents)
-        write_atomically(self.path / "checkpoint.pt", contents.getbuffer())
-
-    def close(self) -> None:
-        """Ends the progress bar, the tracking and the handling of signals."""
-        self.bar.close()
-        self.metrics.close()
-        if self.wandb:
-            self.wandb.finish()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
 def train(args: Args) -> dict:
     """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
 
@@ -541,12 +362,12 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    make_envs(replace(args, num_envs=1)).close()  # if this fails, it fails before anything is created
-    path = run_directory(args)
-    envs = make_envs(args, path / "videos" if args.capture_video else None)
-    agent = Agent(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n), args).to(device)
+    envs = make_envs(args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
-    run = Run(args, path, agent, adam)
+    run = Run(args, agent, adam)
+    if args.capture_video:
+        envs = make_envs(args, run.path / "videos")
     improve = gradient_step
     if args.compile:  # forward pass, backward pass and Adam become one compiled function
         torch._dynamo.config.trace_autograd_ops = True
@@ -603,29 +424,178 @@ def train(args: Args) -> dict:
 
         # [core-12] Means over all minibatches of the update, each taken before its own gradient step. [extra-8]
         names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
-        losses = dict(zip(names, torch.stack(terms).mean(0).tolist())) | policy_change(torch.stack(log_ratios), clip_coef)
+        losses = dict(zip(names, torch.stack(terms).mean(0).tolist()))
+        losses |= policy_change(torch.stack(log_ratios), clip_coef)
         if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():
-            raise FloatingPointError(f"the loss of update {run.update + 1} is not finite; {path} keeps the last checkpoint")
+            run.close()
+            raise FloatingPointError(f"update {run.update + 1} is not finite; {run.path} keeps the last checkpoint")
         losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
         run.end_update(rollout, {"charts/learning_rate": learning_rate} | losses)
 
     envs.close()
     run.close()
-    result = {"run_dir": str(path), "global_step": run.update * args.batch_size}
-    return result | {"episodic_return": float(np.mean(run.returns or [math.nan]))}
+    mean_return = float(np.mean(run.returns or [math.nan]))
+    return {"run_dir": str(run.path), "global_step": run.update * args.batch_size, "episodic_return": mean_return}
 
 
-def run_directory(args: Args) -> Path:
-    """The directory of the run, which is created unless the run is resumed; raises InputError if it cannot be."""
-    if args.resume:
-        return Path(args.resume)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}"
-    path = Path(args.runs_dir) / re.sub(r"[^\w.-]", "-", name)
+# ---------------------------------------------------------------------------------------------------------------------
+# Here the algorithm ends. What follows keeps files, reads the command line and plays, and changes nothing of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Something the user gave cannot work: reported in one line, with exit code 2."""
+
+
+def check_args(args: Args) -> None:
+    """Raises InputError for the first setting that cannot work."""
+    counts = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
+    weights = ["seed", "learning_rate", "clip_coef", "ent_coef", "vf_coef", "target_kl", "adam_eps"]
+    limits = dict.fromkeys(counts, (1, 2**31)) | dict.fromkeys(weights, (0, 2**31))
+    limits |= {"gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # also catches not-a-number
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+    if args.total_timesteps < args.batch_size:
+        raise InputError(f"--total-timesteps {args.total_timesteps} is below one rollout of {args.batch_size} steps")
+    if args.batch_size % args.num_minibatches:
+        raise InputError(f"a rollout of {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples "
+                         f"cannot be cut into {args.num_minibatches} equal minibatches")  # fmt: skip
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise InputError("--compile needs a C++ compiler, for example g++")
+
+
+class SafeRecordVideo(gym.wrappers.RecordVideo):
+    """RecordVideo that gives up recording, not training, when the renderer or the encoder fails."""
+
+    def _attempt(self, method) -> None:
+        try:
+            method()
+        except Exception as error:
+            print(f"no more videos, recording failed: {error}", file=sys.stderr)
+            self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
+
+    def _capture_frame(self) -> None:
+        self._attempt(super()._capture_frame)
+
+    def stop_recording(self) -> None:
+        """Writes the video file, if that is possible."""
+        self._attempt(super().stop_recording)
+
+
+def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
+    """Reads checkpoint.pt into the agent and Adam and returns all it holds; raises InputError if it is no good."""
     try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot create the run directory: {error}") from error
-    return path
+        state = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # cannot run code
+        agent.load_state_dict(state["agent"])
+        if adam:
+            adam.moment1.copy_(state["moment1"])
+            adam.moment2.copy_(state["moment2"])
+            adam.steps = state["gradient_steps"]
+        return state
+    except Exception as error:  # a broken file makes torch.load raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {reason}") from error
+
+
+class Run:
+    """What a run has besides the algorithm: its directory, metrics, checkpoints, progress bar and signals."""
+
+    def __init__(self, args: Args, agent: Agent, adam: Adam):
+        """Creates the run directory or, with --resume, restores agent, adam and metrics from its last checkpoint."""
+        self.args, self.agent, self.adam, self.wandb, self.stopped_by = args, agent, adam, None, None
+        self.update, self.seconds, self.returns, metrics_bytes = 0, 0.0, deque(maxlen=100), 0
+        name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}")
+        self.path = Path(args.resume or Path(args.runs_dir) / name)
+        if args.resume:
+            state = restore(self.path, agent, adam)
+            self.update, self.seconds, metrics_bytes = state["update"], state["seconds"], state["metrics_bytes"]
+            self.returns.extend(state["returns"])
+            torch.set_rng_state(state["rng"])
+        try:
+            self.path.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: no kill can tear a line
+            self.metrics.truncate(metrics_bytes)  # what came after the checkpoint is going to be done again
+            self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+        except OSError as error:
+            raise InputError(f"cannot write the run directory: {error}") from error
+        if args.track:
+            self.start_tracking()
+        self.first_step, self.start, terminal = self.update * args.batch_size, time.time(), sys.stderr.isatty()
+        line = None if terminal else "{desc}: {n_fmt} of {total_fmt} steps, {rate_fmt}{postfix}, {remaining} left\n"
+        self.bar = tqdm(total=args.num_updates * args.batch_size, initial=self.first_step, desc=args.env_id,
+                        unit=" steps", bar_format=line, mininterval=0.1 if terminal else 10)  # fmt: skip
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def start_tracking(self) -> None:
+        """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
+        import wandb
+
+        try:
+            self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
+                                    name=self.path.name, id=self.path.name, resume="allow", config=asdict(self.args))
+        except Exception as error:
+            if not self.args.resume:
+                shutil.rmtree(self.path)
+            raise InputError(f"--track: {' '.join(str(error).split())}") from error
+        self.wandb.define_metric("*", step_metric="global_step")
+
+    def write(self, name: str, contents: bytes) -> None:
+        """Replaces a file of the run at once: if a kill or a full disk cuts the writing short, the old file stays."""
+        (self.path / f"{name}.tmp").write_bytes(contents)
+        os.replace(self.path / f"{name}.tmp", self.path / name)
+
+    def stop(self, number: int, frame) -> None:
+        """Handles a signal: training ends after this update. A second signal kills."""
+        self.stopped_by = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, global_step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""
+        row = {"global_step": global_step, "wall_time": round(self.seconds + time.time() - self.start, 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.metrics.write((json.dumps(row) + "\n").encode())
+        if self.wandb:
+            self.wandb.log(row)
+
+    def end_update(self, rollout: Rollout, values: dict[str, float]) -> None:
+        """Logs an update and the episodes that ended in it, shows progress, and saves a checkpoint when it is time."""
+        for step, episodic_return, length in rollout.episodes:
+            self.returns.append(episodic_return)
+            global_step = self.update * self.args.batch_size + (step + 1) * self.args.num_envs
+            self.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        self.update += 1
+        global_step = self.update * self.args.batch_size
+        values["charts/SPS"] = int((global_step - self.first_step) / (time.time() - self.start))
+        self.log(global_step, values)
+        self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
+        self.bar.update(self.args.batch_size)
+        if self.update % self.args.checkpoint_interval == 0 or self.update == self.args.num_updates or self.stopped_by:
+            self.save()
+
+    def save(self) -> None:
+        """Writes checkpoint.pt: tensors and numbers only, so that loading it cannot run code."""
+        contents = io.BytesIO()
+        torch.save({
+            "agent": self.agent.state_dict(), "moment1": self.adam.moment1, "moment2": self.adam.moment2,
+            "gradient_steps": self.adam.steps, "update": self.update, "rng": torch.get_rng_state(),
+            "returns": list(self.returns), "metrics_bytes": self.metrics.tell(),
+            "seconds": self.seconds + time.time() - self.start,
+        }, contents)  # fmt: skip
+        self.write("checkpoint.pt", contents.getvalue())
+
+    def close(self) -> None:
+        """Ends the progress bar, the handling of signals and the tracking, which then gets the videos too."""
+        self.bar.close()
+        self.metrics.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.wandb:
+            self.wandb.save(str(self.path / "videos/*.mp4"), base_path=self.path)
+            self.wandb.finish()
 
 
 def evaluate(args: Args) -> list[float]:
@@ -634,7 +604,7 @@ def evaluate(args: Args) -> list[float]:
     path = Path(args.evaluate)
     videos = path / "videos" if args.capture_video else None
     envs = make_envs(replace(args, num_envs=1), videos, lambda episode: episode < args.eval_episodes)
-    agent = Agent(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n), args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     restore(path, agent)
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=args.seed)
@@ -652,8 +622,35 @@ def evaluate(args: Args) -> list[float]:
     return returns
 
 
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line; with --resume or --evaluate the defaults are that run's settings."""
+
+    def parse(default: Args) -> Args:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Args, args=argv, default=default)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            # tyro draws a box: what is wrong, a ruler, and then the flags that may have been meant.
+            lines = "\n".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
+            problem, _, rest = lines.partition("───")
+            similar = " or ".join(line.split()[0] for line in rest.splitlines() if line.startswith("--"))
+            raise InputError(" ".join(problem.split()) + (f" (see {similar})" if similar else "")) from None
+
+    args = parse(Args())
+    if run_dir := args.resume or args.evaluate:
+        try:
+            saved = Args(**json.loads((Path(run_dir) / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {error}") from error
+        args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 2 for bad input, 1 for other failures."""
+    """Runs the command line; returns the exit code: 0, also after a signal; 2 for bad input; 1 for other failures."""
     try:
         args = parse_args(argv)
         if args.evaluate:
@@ -661,7 +658,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             result = train(args)
             print("{run_dir}: {global_step} steps, mean return {episodic_return:.1f}".format(**result))
+            if result["global_step"] < args.num_updates * args.batch_size:
+                print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (InputError, FloatingPointError, OSError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

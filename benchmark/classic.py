@@ -110,8 +110,11 @@ def plot(args: Args) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = {env: {seed: curve(found) for seed in range(1, args.seeds + 1) if (found := find_run(args.runs_dir, env, seed))}
-            for env in ENVS}  # fmt: skip
+    ours = {env_id: {} for env_id in ENVS}
+    for env_id in ENVS:
+        for seed in range(1, args.seeds + 1):
+            if run_dir := find_run(args.runs_dir, env_id, seed):
+                ours[env_id][seed] = curve(run_dir)
     if any(ours.values()):
         write(RESULTS, ours)
     ours, official = read(RESULTS), read(REFERENCE)
@@ -129,8 +132,8 @@ def plot(args: Args) -> None:
             finals[name] = returns[:, -1]
         reference, mine = finals.values()
         low, high = interval(list(reference))
-        print(f"| {env_id} | {mine.mean():.1f} +- {mine.std(ddof=1):.1f} ({len(mine)} seeds) | {reference.mean():.1f} +- "
-              f"{reference.std(ddof=1):.1f} ({len(reference)} seeds) | {low:.1f} to {high:.1f} |")  # fmt: skip
+        cells = [f"{x.mean():.1f} +- {x.std(ddof=1):.1f} ({len(x)} seeds)" for x in (mine, reference)]
+        print(f"| {env_id} | {cells[0]} | {cells[1]} | {low:.1f} to {high:.1f} |")
         axis.set(title=env_id, xlabel="environment steps", ylabel="mean return of 100 episodes")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.grid(alpha=0.3)
@@ -141,4 +144,6 @@ def plot(args: Args) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args)
-    sys.exit(1 if arguments.command == "run" and run(arguments) else plot(arguments) if arguments.command == "plot" else 0)
+    if arguments.command == "run":
+        sys.exit(1 if run(arguments) else 0)
+    plot(arguments)

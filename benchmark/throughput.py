@@ -63,7 +63,8 @@ def table(speeds: dict[str, list[float]], baselines: list[str]) -> str:
     for name, values in speeds.items():
         ratios = [statistics.median(a / b for a, b in zip(values, speeds[baseline])) for baseline in baselines]
         spread = f"{min(values):,.0f}-{max(values):,.0f}"
-        lines.append(f"| {name} | {statistics.median(values):,.0f} | {spread} |" + "".join(f" {r:.2f}x |" for r in ratios))
+        cells = [name, f"{statistics.median(values):,.0f}", spread, *(f"{ratio:.2f}x" for ratio in ratios)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -85,7 +86,8 @@ def main() -> None:
     baselines = [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[:1]
     print(table(speeds, baselines))
     if args.output:
-        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "steps": [args.steps, large], "speeds": speeds}
+        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "steps": [args.steps, large]}
+        facts["steps_per_second"] = speeds
         args.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -7,6 +7,7 @@ were seen when the recordings were re-derived by hand; where another bound is us
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 
 import ppo
 
@@ -37,13 +38,14 @@ class Setup:
             adam_eps=float(self.data["adam_epsilon"]),
             **settings,
         )
-        self.agent = ppo.Agent(4, 2, self.args)
+        self.agent = ppo.Agent(Box(-1, 1, (4,)), Discrete(2), self.args)
         self.adam = ppo.Adam(self.agent)
         self.adam.parameters.copy_(official_vector(self.data, "vars0", self.shared))
 
     def minibatch(self, update: int) -> list[torch.Tensor]:
         """Inputs of gradient_step for update 0..4, advantages normalized by the script."""
-        rows = {k: torch.from_numpy(self.data[k][update]) for k in ("obs", "actions", "returns", "values", "neglogpacs")}
+        keys = ("obs", "actions", "returns", "values", "neglogpacs")
+        rows = {key: torch.from_numpy(self.data[key][update]) for key in keys}
         advantages = rows["returns"] - rows["values"]
         if self.args.norm_adv:
             advantages = ppo.normalize(advantages, self.args)
@@ -78,7 +80,7 @@ def test_normalized_advantages(load_fixture, name):
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_statistics_gradients_and_parameters_over_five_updates(load_fixture, name):
-    """Stage by stage: loss and statistics, gradient before the clip, its norm, parameters and moments after the step."""
+    """Stage by stage: loss, statistics, gradient before the clip and its norm, parameters and moments after the step."""
     setup = Setup(load_fixture, name)
     data, args = setup.data, setup.args
     for update in range(5):
@@ -104,8 +106,9 @@ def test_statistics_gradients_and_parameters_over_five_updates(load_fixture, nam
         torch.testing.assert_close(setup.adam.parameters, expected, rtol=0, atol=2e-7)
         # The parameters move by less than 1e-3, so that the bound above would be weak alone.
         assert (setup.adam.parameters - expected).norm() <= 1e-4 * (expected - start).norm()
-    torch.testing.assert_close(setup.adam.moment1, official_vector(data, "adam5/m", setup.shared), rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(setup.adam.moment2, official_vector(data, "adam5/v", setup.shared), rtol=1e-4, atol=1e-10)
+    moment1, moment2 = (official_vector(data, f"adam5/{name}", setup.shared) for name in ("m", "v"))
+    torch.testing.assert_close(setup.adam.moment1, moment1, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(setup.adam.moment2, moment2, rtol=1e-4, atol=1e-10)
 
 
 @pytest.mark.parametrize(("switch", "at_least"), [("adam_eps_hat", 0.2), ("population_std", 5e-5)])
