@@ -179,7 +179,8 @@ class Agent(nn.Module):
             first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
             return [layer_init(first, 2**0.5, args), nn.Tanh(), layer_init(second, 2**0.5, args), nn.Tanh()]
 
-        # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features.
+        # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features. The
+        # layers of both are drawn independently. [extra-16]
         actor_layers = hidden_layers()
         critic_layers = actor_layers if args.shared_network else hidden_layers()
         # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
@@ -347,6 +348,7 @@ def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, eps
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, adam.tensors)])
     with torch.no_grad():
         # [core-11] One norm over all parameters together: clipping shortens the gradient but keeps its direction.
+        # torch's clip_grad_norm_ adds 1e-6 to the norm, this does not. [extra-5]
         gradient *= (args.max_grad_norm / gradient.norm()).clamp(max=1)
         adam.step(gradient, step_size, epsilon)
     return terms, log_ratio
@@ -401,7 +403,7 @@ def train(args: Args) -> dict:
 
         terms, log_ratios = [], []
         for epoch in range(args.update_epochs):
-            # [core-6] Each epoch shuffles the samples anew and uses every one of them once.
+            # [core-6] Each epoch shuffles the samples anew and uses every one of them once. [extra-12]
             order = torch.randperm(args.batch_size)
             if args.minibatch_replacement:
                 order = torch.randint(args.batch_size, (args.batch_size,))
@@ -506,8 +508,10 @@ class Run:
         """Creates the run directory or, with --resume, restores agent, adam and metrics from its last checkpoint."""
         self.args, self.agent, self.adam, self.wandb, self.stopped_by = args, agent, adam, None, None
         self.update, self.seconds, self.returns, metrics_bytes = 0, 0.0, deque(maxlen=100), 0
-        name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}")
-        self.path = Path(args.resume or Path(args.runs_dir) / name)
+        name, now = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+        while (Path(args.runs_dir) / f"{name}__{now}").exists():  # two runs in one second
+            now += 1
+        self.path = Path(args.resume or Path(args.runs_dir) / f"{name}__{now}")
         if args.resume:
             state = restore(self.path, agent, adam)
             self.update, self.seconds, metrics_bytes = state["update"], state["seconds"], state["metrics_bytes"]

@@ -1,11 +1,12 @@
-"""Compares the speed of training commands on this machine, side by side.
+"""Measures training speed on this machine, all commands side by side.
 
     python -m benchmark.throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
+    python -m benchmark.throughput --num-envs 1 4 16 64 256 1024
 
-Every command is run with a small and with a large number of steps ({steps} in the command); their difference leaves
-out what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
+Every command is run with a small and with a large number of steps ({steps} in the command): their difference leaves out
+what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
 --seconds. The commands take turns, round after round, so that a machine whose speed drifts treats all alike. The table
-gives medians over the rounds, and the median of the ratios within a round to each peer.
+gives medians over the rounds, with the median of the ratios within a round to each peer.
 """
 
 import json
@@ -23,23 +24,22 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'ppo.py'))} --total-timesteps {{steps}}"
+ENVS = f"{shlex.quote(sys.executable)} -m benchmark.env_only --steps {{steps}}"
 
 
 @dataclass
 class Args:
-    """Steps per second of training commands, start-up left out."""
+    """Steps per second and peak memory of training commands, start-up left out."""
 
     peer: list[str] = field(default_factory=list)
     """commands to compare with, as NAME=COMMAND with {steps} where the number of steps goes"""
-    ours: list[str] = field(
-        default_factory=lambda: [
-            f"ppo.py={sys.executable} {ROOT / 'ppo.py'} --total-timesteps {{steps}}",
-            f"ppo.py --compile={sys.executable} {ROOT / 'ppo.py'} --compile --total-timesteps {{steps}}",
-        ]
-    )
+    ours: list[str] = field(default_factory=lambda: [f"ppo.py={OURS}", f"ppo.py --compile={OURS} --compile"])
     """our commands, in the same form"""
+    num_envs: list[int] = field(default_factory=list)
+    """instead of `ours`: ppo.py with these numbers of environments, beside the environments alone"""
     steps: int = 20_480
-    """the small number of steps, a multiple of every command's rollout"""
+    """the small number of steps, rounded up to two rollouts"""
     seconds: float = 20
     """how much longer the run with the large number of steps should take"""
     rounds: int = 5
@@ -48,47 +48,61 @@ class Args:
     """file for all measurements, as JSON"""
 
 
-def seconds(command: str, steps: int, directory: str) -> float:
-    """Wall-clock seconds that `command` takes for `steps` steps; raises CalledProcessError if it fails."""
-    start = time.perf_counter()
+def measure(command: str, steps: int, directory: str) -> tuple[float, float]:
+    """Wall-clock seconds and peak memory in MiB of `command` for `steps` steps; raises RuntimeError if it fails."""
     words = shlex.split(command.replace("{steps}", str(steps)))
-    subprocess.run(words, cwd=directory, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        words, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command} failed with status {status}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def table(speeds: dict[str, list[float]], baselines: list[str]) -> str:
-    """Markdown table of the median steps per second, and of the median ratio to each baseline, round by round."""
-    lines = ["| command | steps/s (median) | min-max |" + "".join(f" vs {name} |" for name in baselines)]
-    lines.append("|---|---|---|" + "---|" * len(baselines))
+def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: list[str]) -> str:
+    """Markdown table of the median steps per second, peak memory, and the median ratio, round by round, to baselines."""
+    lines = ["| command | steps/s, median | min-max | memory, MiB |" + "".join(f" vs {name} |" for name in baselines)]
+    lines.append("|---|---|---|---|" + "---|" * len(baselines))
     for name, values in speeds.items():
         ratios = [statistics.median(a / b for a, b in zip(values, speeds[baseline])) for baseline in baselines]
         spread = f"{min(values):,.0f}-{max(values):,.0f}"
-        cells = [name, f"{statistics.median(values):,.0f}", spread, *(f"{ratio:.2f}x" for ratio in ratios)]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [name, f"{statistics.median(values):,.0f}", spread, f"{memory[name]:,.0f}"]
+        lines.append("| " + " | ".join(cells + [f"{ratio:.2f}x" for ratio in ratios]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures, prints the table as it grows, and writes the numbers if asked to."""
+    """Measures, prints the table, and writes the numbers if asked to."""
     args = tyro.cli(Args)
-    commands = dict(entry.split("=", 1) for entry in args.peer + args.ours)
+    commands, base = dict(entry.split("=", 1) for entry in args.peer + args.ours), {}
+    if args.num_envs:
+        commands = {}
+        for count in args.num_envs:
+            commands[f"{count} envs"] = f"{OURS} --num-envs {count}"
+            commands[f"{count} envs, environments alone"] = f"{ENVS} --num-envs {count}"
+            base[f"{count} envs"] = base[f"{count} envs, environments alone"] = max(args.steps, 2 * 128 * count)
     speeds: dict[str, list[float]] = {name: [] for name in commands}
+    memory = dict.fromkeys(commands, 0.0)
     with tempfile.TemporaryDirectory() as directory:
         large = {}
         for name, command in commands.items():
-            extra = seconds(command, 3 * args.steps, directory) - seconds(command, args.steps, directory)
-            large[name] = args.steps * (1 + max(2, round(2 * args.seconds / max(extra, 0.1))))
+            small = base.setdefault(name, args.steps)
+            extra = measure(command, 3 * small, directory)[0] - measure(command, small, directory)[0]
+            large[name] = small * (1 + max(2, round(2 * args.seconds / max(extra, 0.1))))
         for round_number in range(1, args.rounds + 1):
             for name, command in commands.items():
-                extra = seconds(command, large[name], directory) - seconds(command, args.steps, directory)
-                speeds[name].append((large[name] - args.steps) / extra)
+                (long, memory[name]), (short, _) = (measure(command, n, directory) for n in (large[name], base[name]))
+                speeds[name].append((large[name] - base[name]) / (long - short))
                 print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
-    baselines = [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[:1]
-    print(table(speeds, baselines))
+    baselines = [] if args.num_envs else [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[:1]
+    print(table(speeds, memory, baselines))
     if args.output:
-        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "steps": [args.steps, large]}
-        facts["steps_per_second"] = speeds
-        args.output.write_text(json.dumps(facts, indent=1) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "small": base, "large": large}
+        args.output.write_text(json.dumps(facts | {"steps_per_second": speeds, "peak_mib": memory}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

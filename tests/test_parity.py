@@ -80,7 +80,7 @@ def test_normalized_advantages(load_fixture, name):
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_statistics_gradients_and_parameters_over_five_updates(load_fixture, name):
-    """Stage by stage: loss, statistics, gradient before the clip and its norm, parameters and moments after the step."""
+    """Stage by stage: loss, statistics, gradient before the clip and its norm, parameters and moments after."""
     setup = Setup(load_fixture, name)
     data, args = setup.data, setup.args
     for update in range(5):
@@ -142,15 +142,15 @@ def gae_cases(load_fixture):
 
 
 def test_gae(load_fixture):
-    """The official runner's advantages and returns, for every recorded case, exactly but for float32 rounding."""
+    """The official runner's advantages and returns, for every recorded case, to the last bit."""
     cases = list(gae_cases(load_fixture))
-    assert len(cases) >= 3
+    assert len(cases) == 4
     for case in cases:
         values = torch.from_numpy(np.concatenate([case["values"], case["last_values"][None]]))
         rewards, dones = torch.from_numpy(case["rewards"]), torch.from_numpy(case["env_dones"])
         advantages, returns = ppo.compute_gae(rewards, values, dones, float(case["gamma"]), float(case["lam"]))
-        torch.testing.assert_close(advantages, torch.from_numpy(case["advantages"]), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(returns, torch.from_numpy(case["returns"]), rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(advantages.numpy(), case["advantages"])
+        np.testing.assert_array_equal(returns.numpy(), case["returns"])
 
 
 def test_schedules(load_fixture, monkeypatch, tmp_path):

@@ -1,0 +1,125 @@
+"""Writes docs/details.md, the index of all details: where each is, its flag, its test and its measured effect.
+
+    python docs/index_details.py
+
+The lines come from the tags in the scripts and the effects from benchmark/results/ablations.csv; a test holds the
+page up to date.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("ppo.py",)
+ABLATIONS = ROOT / "benchmark/results/ablations.csv"
+
+# tag: (what it is, flags that switch it, test)
+DETAILS = {
+    "core-1": ("Vectorized architecture: fixed-length rollouts that continue", "--num-envs --num-steps",
+               "test_details.py::test_core_1_rollouts_have_a_fixed_shape_and_continue"),
+    "core-2": ("Orthogonal initialization, biases 0", "--no-orthogonal-init",
+               "test_details.py::test_core_2_initialization"),
+    "core-3": ("Adam's epsilon 1e-5", "--adam-eps", "test_details.py::test_core_3_epsilon_and_extra_1_its_place"),
+    "core-4": ("Learning-rate annealing", "--no-anneal-lr", "test_details.py::test_core_4_and_aux_1_annealing"),
+    "core-5": ("Generalized advantage estimation", "--gae-lambda --no-gae", "test_gae.py::test_equals_the_definition"),
+    "core-6": ("Minibatches from a fresh permutation", "--num-minibatches --minibatch-replacement",
+               "test_details.py::test_core_6_an_epoch_uses_every_sample_once"),
+    "core-7": ("Advantage normalization per minibatch", "--no-norm-adv --norm-adv-per-batch",
+               "test_details.py::test_core_7_normalization"),
+    "core-8": ("Clipped surrogate objective", "--no-clip-policy",
+               "test_details.py::test_core_8_no_gradient_where_the_ratio_left_the_range_for_gain"),
+    "core-9": ("Value loss clipping", "--no-clip-vloss",
+               "test_details.py::test_core_9_value_gradient_stops_where_the_clipped_error_is_larger"),
+    "core-10": ("Overall loss and entropy bonus", "--ent-coef --vf-coef",
+                "test_details.py::test_core_10_coefficients_weigh_the_terms"),
+    "core-11": ("Global gradient clipping", "--max-grad-norm", "test_details.py::test_core_11_global_norm"),
+    "core-12": ("Debug variables", "", "test_details.py::test_core_12_metrics_are_means_over_all_minibatches"),
+    "core-13": ("Separate networks for policy and value function", "--shared-network",
+                "test_details.py::test_core_13_separate_or_shared_networks"),
+    "aux-1": ("Clip-range annealing", "--anneal-clip", "test_details.py::test_core_4_and_aux_1_annealing"),
+    "aux-3": ("Early stopping by KL divergence", "--target-kl", "test_details.py::test_aux_3_early_stopping"),
+    "extra-1": ("Adam's epsilon is added to the root of the uncorrected second moment", "--no-adam-eps-hat",
+                "test_parity.py::test_pytorch_habits_do_not_match"),
+    "extra-3": ("Advantages divided by the population's standard deviation", "--no-population-std",
+                "test_details.py::test_extra_3_population_deviation"),
+    "extra-4": ("The advantage is recomputed as return - value", "",
+                "test_parity.py::test_normalized_advantages"),
+    "extra-5": ("Gradient clipping adds nothing to the norm", "", "test_details.py::test_core_11_global_norm"),
+    "extra-6": ("The value loss has a factor 1/2 besides vf_coef", "--vf-coef",
+                "test_parity.py::test_statistics_gradients_and_parameters_over_five_updates"),
+    "extra-7": ("The official approxkl is half the mean squared log-ratio", "",
+                "test_parity.py::test_statistics_gradients_and_parameters_over_five_updates"),
+    "extra-8": ("Logged losses are means over all minibatches", "",
+                "test_details.py::test_core_12_metrics_are_means_over_all_minibatches"),
+    "extra-9": ("The clip range is constant by default", "--anneal-clip", "test_parity.py::test_schedules"),
+    "extra-10": ("The last update's learning rate is not 0", "", "test_parity.py::test_schedules"),
+    "extra-11": ("The step budget is floored to whole rollouts", "--total-timesteps",
+                 "test_details.py::test_extra_11_only_whole_rollouts"),
+    "extra-12": ("A batch is cut into equal minibatches, without a remainder", "--num-minibatches",
+                 "test_details.py::test_core_6_an_epoch_uses_every_sample_once"),
+    "extra-13": ("The advantage recursion runs in float64", "", "test_parity.py::test_gae"),
+    "extra-14": ("A time limit counts as an end", "--bootstrap-truncated",
+                 "test_boundaries.py::test_bootstrap_truncated_adds_the_value_of_the_last_observation"),
+    "extra-16": ("Separate networks are drawn independently", "",
+                 "test_details.py::test_core_13_separate_or_shared_networks"),
+    "extra-35": ("Environment i is seeded with seed + i", "--seed",
+                 "test_boundaries.py::test_environments_are_seeded_apart"),
+}  # fmt: skip
+
+INTRO = """# Index of the details
+
+<!-- written by docs/index_details.py; edit there -->
+
+Tags are those of the comments in the scripts: `core` and `aux` are details of "The 37 Implementation Details of PPO"
+(Huang et al., ICLR Blog Track 2022), `extra` are behaviours of the official code that the article leaves out or states
+differently. The flag is the one that switches the detail off or changes it.
+"""
+
+NOT_REPRODUCED = """
+## What the official code does and ppo.py does not
+
+- `extra-17`: where a task has exactly 64 actions the official code builds no policy head, and the tanh outputs are the
+  logits. That is an accident of one comparison and bounds the logits to +-1; `ppo.py` always has a head.
+- `extra-15`: PyTorch's orthogonal initialization draws from the same distribution by another algorithm, so equal seeds
+  give other numbers.
+"""
+
+
+def where(tag: str) -> list[str]:
+    """Links to the lines where the comments name the tag; flags' help texts do not count."""
+    links = []
+    for script in SCRIPTS:
+        for number, line in enumerate((ROOT / script).read_text().splitlines(), 1):
+            is_flag = re.match(r"    \w+: [^=]+ = ", line)
+            if f"[{tag}]" in line and ("#" in line or '"""' in line) and not is_flag:
+                links.append(f"[{script}:{number}](../{script}#L{number})")
+    return links
+
+
+def effects() -> dict[str, str]:
+    """Text of the measured effect for each tag that was ablated."""
+    texts: dict[str, list[str]] = {}
+    if ABLATIONS.exists():
+        with open(ABLATIONS) as file:
+            for row in csv.DictReader(file):
+                texts.setdefault(row["tag"], []).append(f"`{row['flags']}`: {row['effect']}")
+    return {tag: "<br>".join(parts) for tag, parts in texts.items()}
+
+
+def page() -> str:
+    """The whole page."""
+    measured = effects()
+    lines = [INTRO, "| tag | detail | where | flag | test | measured effect of changing it |", "|---|---|---|---|---|---|"]
+    for tag, (title, flags, test) in DETAILS.items():
+        file, name = test.split("::")
+        shown = " ".join(f"`{flag}`" for flag in flags.split()) or "-"
+        cells = [tag, title, ", ".join(where(tag)), shown, f"[{name}](../tests/{file})", measured.get(tag, "-")]
+        lines.append("| " + " | ".join(cells) + " |")
+    if ABLATIONS.exists():
+        lines.append("\n" + (ROOT / "benchmark/results/ablations.md").read_text().strip())
+    return "\n".join(lines) + "\n" + NOT_REPRODUCED
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/details.md").write_text(page())
