@@ -369,11 +369,16 @@ def train(args: Args) -> dict:
     adam = Adam(agent)
     run = Run(args, agent, adam)
     if args.capture_video:
+        envs.close()
         envs = make_envs(args, run.path / "videos")
     improve = gradient_step
-    if args.compile:  # forward pass, backward pass and Adam become one compiled function
+    if args.compile:
+        # Forward pass, backward pass and Adam become one compiled function. All minibatches have the same shape, so
+        # that the checks before each call can be left out; reset() forgets what another train() has compiled.
+        torch._dynamo.reset()
         torch._dynamo.config.trace_autograd_ops = True
-        improve = torch.compile(gradient_step, fullgraph=True, dynamic=False)
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
+        improve = torch.compile(gradient_step, fullgraph=True, dynamic=False, options=options)
 
     next_obs, _ = envs.reset(seed=args.seed + run.first_step)  # a resumed run does not repeat its first episodes
     run.save()

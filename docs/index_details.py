@@ -110,7 +110,8 @@ def effects() -> dict[str, str]:
 def page() -> str:
     """The whole page."""
     measured = effects()
-    lines = [INTRO, "| tag | detail | where | flag | test | measured effect of changing it |", "|---|---|---|---|---|---|"]
+    header = "| tag | detail | where | flag | test | measured effect of changing it |"
+    lines = [INTRO, header, "|---|---|---|---|---|---|"]
     for tag, (title, flags, test) in DETAILS.items():
         file, name = test.split("::")
         shown = " ".join(f"`{flag}`" for flag in flags.split()) or "-"

@@ -1,0 +1,77 @@
+"""What the documents say about the code is true."""
+
+import importlib.util
+import re
+import tomllib
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import ppo
+
+spec = importlib.util.spec_from_file_location("index_details", ROOT / "docs/index_details.py")
+index_details = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(index_details)
+
+TAG = re.compile(r"\[((?:core|atari|continuous|lstm|multidiscrete|aux|procgen|extra)-\d+)\]")
+
+
+def test_details_page_is_up_to_date():
+    assert (ROOT / "docs/details.md").read_text() == index_details.page()
+
+
+def test_every_tag_is_indexed_and_every_indexed_detail_is_in_the_code():
+    in_code = {tag for script in index_details.SCRIPTS for tag in TAG.findall((ROOT / script).read_text())}
+    assert in_code == set(index_details.DETAILS)
+    for tag in index_details.DETAILS:
+        assert index_details.where(tag), f"{tag} is only in a flag's help"
+
+
+def test_all_13_core_details_are_there():
+    assert {f"core-{n}" for n in range(1, 14)} <= set(index_details.DETAILS)
+
+
+def test_indexed_flags_and_tests_exist():
+    names = {field.name for field in fields(ppo.Args)}
+    for title, flags, test in index_details.DETAILS.values():
+        for flag in flags.split():
+            name = flag.removeprefix("--").replace("-", "_")
+            assert name in names or name.removeprefix("no_") in names, flag
+        file, function = test.split("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), title
+
+
+def requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("script", index_details.SCRIPTS)
+def test_inline_dependencies_are_those_of_requirements(script):
+    """The PEP 723 block of a script pins what requirements.txt pins, and names all that the script imports."""
+    block = re.search(r"(?m)^# /// script\n((?:# ?.*\n)+?)# ///$", (ROOT / script).read_text()).group(1)
+    metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
+    assert metadata["dependencies"] and set(metadata["dependencies"]) <= set(requirements())
+    named = {re.split(r"[\[=]", line)[0] for line in metadata["dependencies"]}
+    imported = set(re.findall(r"(?m)^\s*(?:import|from) (gymnasium|numpy|torch|tqdm|tyro|wandb|scipy|matplotlib)",
+                              (ROOT / script).read_text()))  # fmt: skip
+    assert imported <= named
+
+
+def test_requirements_are_pinned():
+    assert all(re.fullmatch(r"[\w.\[\]-]+==[\w.]+", line) for line in requirements())
+
+
+def test_flags_have_help_and_readme_commands_exist():
+    source = (ROOT / "ppo.py").read_text()
+    for field in fields(ppo.Args):
+        assert re.search(rf"(?m)^    {field.name}: .+ = .+  # \w.+$", source), field.name
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", (ROOT / "README.md").read_text())):
+        known = {field.name for field in fields(ppo.Args)} | {"peer", "num_envs", "seconds", "rounds", "runs_dir", "quiet"}
+        assert flag.replace("-", "_").removeprefix("no_") in known, flag
+
+
+def test_scripts_stay_within_120_columns():
+    for script in index_details.SCRIPTS:
+        assert max(map(len, (ROOT / script).read_text().splitlines())) <= 120
