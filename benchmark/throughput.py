@@ -63,7 +63,7 @@ def measure(command: str, steps: int, directory: str) -> tuple[float, float]:
 
 
 def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: list[str]) -> str:
-    """Markdown table of the median steps per second, peak memory, and the median ratio, round by round, to baselines."""
+    """Markdown table: median steps per second, peak memory, and the median of the rounds' ratios to each baseline."""
     lines = ["| command | steps/s, median | min-max | memory, MiB |" + "".join(f" vs {name} |" for name in baselines)]
     lines.append("|---|---|---|---|" + "---|" * len(baselines))
     for name, values in speeds.items():
