@@ -31,10 +31,11 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
                 env = gym.make(args.env_id, render_mode="rgb_array", **kwargs)
                 env = SafeRecordVideo(env, str(video_folder), video_trigger, name_prefix=f"{time.time():.0f}")
             except Exception as error:
-                print(f"no videos, {args.env_id} cannot be recorded: {error}", file=sys.stderr)
+                print(f"no videos, {args.env_id} cannot be recorded: {one_line(error)}", file=sys.stderr)
                 env = None
         env = env or gym.make(args.env_id, **kwargs)
         if not isinstance(env.action_space, Discrete):
@@ -153,7 +154,7 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
         raise
     except Exception as error:  # a constructor may raise anything
         given = "" if args.env_kwargs == "{}" else f" with --env-kwargs {args.env_kwargs}"
-        raise InputError(f"cannot make {args.env_id}{given}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot make {args.env_id}{given}: {one_line(error)}") from error
 
 
 def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
@@ -439,6 +440,7 @@ def train(args: Args) -> dict:
         losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
         run.end_update(rollout, {"charts/learning_rate": learning_rate} | losses)
 
+    run.save()
     envs.close()
     run.close()
     mean_return = float(np.mean(run.returns or [math.nan]))
@@ -452,6 +454,11 @@ def train(args: Args) -> dict:
 
 class InputError(Exception):
     """Something the user gave cannot work: reported in one line, with exit code 2."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks, and without the advice that some libraries append."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300)
 
 
 def check_args(args: Args) -> None:
@@ -469,7 +476,9 @@ def check_args(args: Args) -> None:
     if args.batch_size % args.num_minibatches:
         raise InputError(f"a rollout of {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples "
                          f"cannot be cut into {args.num_minibatches} equal minibatches")  # fmt: skip
-    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if args.norm_adv and not args.norm_adv_per_batch and args.batch_size == args.num_minibatches:
+        raise InputError("minibatches of one sample cannot be normalized: lower --num-minibatches or use --no-norm-adv")
+    if args.compile and not args.evaluate and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise InputError("--compile needs a C++ compiler, for example g++")
 
 
@@ -480,7 +489,7 @@ class SafeRecordVideo(gym.wrappers.RecordVideo):
         try:
             method()
         except Exception as error:
-            print(f"no more videos, recording failed: {error}", file=sys.stderr)
+            print(f"no more videos, recording failed: {one_line(error)}", file=sys.stderr)
             self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
 
     def _capture_frame(self) -> None:
@@ -502,8 +511,7 @@ def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
             adam.steps = state["gradient_steps"]
         return state
     except Exception as error:  # a broken file makes torch.load raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {reason}") from error
+        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {type(error).__name__}, {one_line(error)}") from error
 
 
 class Run:
@@ -525,12 +533,13 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=bool(args.resume))
             self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: no kill can tear a line
-            self.metrics.truncate(metrics_bytes)  # what came after the checkpoint is going to be done again
+            # What came after the checkpoint is going to be done again.
+            self.metrics.seek(self.metrics.truncate(min(metrics_bytes, self.metrics.tell())))
+            if args.track:
+                self.start_tracking()
             self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
         except OSError as error:
             raise InputError(f"cannot write the run directory: {error}") from error
-        if args.track:
-            self.start_tracking()
         self.first_step, self.start, terminal = self.update * args.batch_size, time.time(), sys.stderr.isatty()
         line = None if terminal else "{desc}: {n_fmt} of {total_fmt} steps, {rate_fmt}{postfix}, {remaining} left\n"
         self.bar = tqdm(total=args.num_updates * args.batch_size, initial=self.first_step, desc=args.env_id,
@@ -544,12 +553,15 @@ class Run:
         import wandb
 
         try:
+            name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
-                                    name=self.path.name, id=self.path.name, resume="allow", config=asdict(self.args))
+                                    name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
         except Exception as error:
             if not self.args.resume:
                 shutil.rmtree(self.path)
-            raise InputError(f"--track: {' '.join(str(error).split())}") from error
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()  # if it is empty
+            raise InputError(f"--track: {one_line(error)}") from error
         self.wandb.define_metric("*", step_metric="global_step")
 
     def write(self, name: str, contents: bytes) -> None:
@@ -582,7 +594,7 @@ class Run:
         self.log(global_step, values)
         self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
         self.bar.update(self.args.batch_size)
-        if self.update % self.args.checkpoint_interval == 0 or self.update == self.args.num_updates or self.stopped_by:
+        if self.update % self.args.checkpoint_interval == 0:
             self.save()
 
     def save(self) -> None:
@@ -649,9 +661,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
             raise InputError(" ".join(problem.split()) + (f" (see {similar})" if similar else "")) from None
 
     args = parse(Args())
+    if args.resume and args.evaluate:
+        raise InputError("--resume and --evaluate exclude each other")
     if run_dir := args.resume or args.evaluate:
         try:
             saved = Args(**json.loads((Path(run_dir) / "config.json").read_text()))
+            for field in fields(Args):
+                value, kind = getattr(saved, field.name), field.type
+                if not isinstance(value, kind | int if "float" in str(kind) else kind):
+                    raise TypeError(f"{field.name} is {value!r}")
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {error}") from error
         args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))

@@ -1,0 +1,624 @@
+"""A run's directory and its life: metrics, checkpoints, kills, signals, resuming, playing, videos and tracking."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+
+import ppo
+
+SCRIPT = Path(ppo.__file__).resolve()
+BATCH = 64  # samples in one rollout of a small run
+EPISODE = {"global_step", "wall_time", "charts/episodic_return", "charts/episodic_length"}
+UPDATE = {
+    "global_step", "wall_time", "charts/SPS", "charts/learning_rate", "losses/policy_loss", "losses/value_loss",
+    "losses/entropy", "losses/approx_kl", "losses/old_approx_kl", "losses/official_approx_kl", "losses/clipfrac",
+    "losses/explained_variance",
+}  # fmt: skip
+
+
+class PickyEnv(gym.Env):
+    """Discrete actions 5, 6, 7 and observations 2 to 5, or small images; only actions of its own are accepted."""
+
+    taken: set = set()
+
+    def __init__(self, images=False):
+        self.observation_space = Box(0, 255, (2, 3), np.uint8) if images else Discrete(4, start=2)
+        self.action_space = Discrete(3, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        """Starts the next episode."""
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.length = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        """Goes on for eight steps."""
+        assert self.action_space.contains(action), action
+        self.taken.add(int(action))
+        self.length += 1
+        return self.observation_space.sample(), 1.0, self.length == 8, False, {}
+
+
+class BrokenRendererEnv(PickyEnv):
+    """Its renderer raises at the third picture."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode, self.pictures = render_mode, 0
+
+    def render(self):
+        """Draws nothing, and then fails."""
+        self.pictures += 1
+        if self.pictures > 2:
+            raise RuntimeError("the graphics card is on fire")
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+gym.register("test/Picky-v0", PickyEnv)
+gym.register("test/BrokenRenderer-v0", BrokenRendererEnv)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves the handling of signals as it was."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def small(updates: int, **settings) -> ppo.Args:
+    """Settings of a short run, with updates of 64 samples."""
+    sizes = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 2}
+    return ppo.Args(**(sizes | {"total_timesteps": updates * BATCH} | settings))
+
+
+def flags(args: ppo.Args) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for name, value in asdict(args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words.append(f"--{flag}={value}")
+    return words
+
+
+def train(args: ppo.Args) -> Path:
+    """Trains and returns the run directory."""
+    return Path(ppo.train(args)["run_dir"])
+
+
+def metrics(path: Path) -> list[dict]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def update_steps(path: Path) -> list[int]:
+    """The numbers of the updates in metrics.jsonl."""
+    return [row["global_step"] // BATCH for row in metrics(path) if "losses/policy_loss" in row]
+
+
+def checkpoint(path: Path) -> dict:
+    """What checkpoint.pt holds."""
+    return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """All files of a run with their contents."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def problems(stderr: str) -> list[str]:
+    """The lines on stderr that do not show progress."""
+    return [line for line in stderr.splitlines() if line.strip() and not re.match(r"\s*\S+: \d+ of \d+ steps, ", line)]
+
+
+def without_clock(path: Path) -> list[str]:
+    """The metrics as text without what depends on the machine's speed."""
+    clock = ("wall_time", "charts/SPS")
+    return [json.dumps({key: row[key] for key in row if key not in clock}) for row in metrics(path)]
+
+
+def test_files_of_a_run(capsys):
+    args = small(5, seed=3, exp_name="trial", learning_rate=1e-3)
+    assert ppo.main(flags(args)) == 0
+    (path,) = Path("runs").iterdir()
+    assert re.fullmatch(r"CartPole-v1__trial__3__\d+", path.name)
+    assert files(path).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
+    assert json.loads((path / "config.json").read_text()) == asdict(args)
+    output = capsys.readouterr()
+    assert re.fullmatch(rf"runs/{path.name}: 320 steps, mean return \d+\.\d\n", output.out)
+    assert problems(output.err) == []
+    returns = [row["charts/episodic_return"] for row in metrics(path) if "charts/episodic_return" in row]
+    assert f"mean return {np.mean(returns):.1f}" in output.out
+
+
+def test_metrics():
+    path = train(small(5, env_id="CartPole-v1"))
+    text, rows = (path / "metrics.jsonl").read_text(), metrics(path)
+    assert text.endswith("\n")
+    assert {frozenset(row) for row in rows} == {frozenset(EPISODE), frozenset(UPDATE)}
+    for key in ("global_step", "wall_time"):
+        assert all(earlier[key] <= later[key] for earlier, later in zip(rows, rows[1:]))
+    assert update_steps(path) == [1, 2, 3, 4, 5]
+    updates = [row for row in rows if row.keys() == UPDATE]
+    rates = [row["charts/learning_rate"] for row in updates]
+    assert rates == pytest.approx([2.5e-4 * part for part in (1, 0.8, 0.6, 0.4, 0.2)])
+    for row in updates:
+        assert 0.6 < row["losses/entropy"] <= np.log(2) + 1e-6
+        assert row["losses/value_loss"] > 0
+        assert row["losses/approx_kl"] >= -1e-6
+        assert 0 <= row["losses/clipfrac"] <= 1
+        assert row["charts/SPS"] > 0
+    for row in rows:
+        if row.keys() == EPISODE:
+            assert row["charts/episodic_return"] == row["charts/episodic_length"] >= 8
+            assert 0 < row["global_step"] <= 5 * BATCH
+
+
+def test_what_is_not_a_number_becomes_null():
+    """Where all returns are equal the explained variance has no value; JSON knows no NaN."""
+    path = train(small(2, env_id="test/Picky-v0", gamma=0.0, gae_lambda=0.0))
+    rows = [row for row in metrics(path) if "losses/policy_loss" in row]
+    assert [row["losses/explained_variance"] for row in rows] == [None, None]
+
+
+def test_seeds():
+    """The same seed gives the same run to the last bit, another seed another run."""
+    first, again, other = (train(small(6, seed=seed, runs_dir=name)) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
+    assert without_clock(first) == without_clock(again)
+    assert without_clock(first) != without_clock(other)
+    states = [checkpoint(path) for path in (first, again, other)]
+    for name, tensor in states[0]["agent"].items():
+        assert torch.equal(tensor, states[1]["agent"][name])
+    assert not torch.equal(states[0]["moment1"], states[2]["moment1"])
+
+
+class Background:
+    """The script in a process of its own."""
+
+    def __init__(self, args: ppo.Args):
+        command = [sys.executable, str(SCRIPT), *flags(args)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_update(self, number: int) -> Path:
+        """Waits until metrics.jsonl holds that update; returns the run directory."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for path in Path("runs").glob("*/metrics.jsonl"):
+                if any(f'"global_step": {number * BATCH}, ' in line for line in path.read_text().splitlines()):
+                    return path.parent
+            time.sleep(0.01)
+        raise AssertionError(f"update {number} never came: {self.process.communicate()}")
+
+    def end(self, number: signal.Signals) -> tuple[int, str, str]:
+        """Sends a signal; returns the exit code, stdout and stderr."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+def test_kill_and_resume():
+    """A run killed at any moment goes on from its last checkpoint and ends as long as it was meant to be."""
+    background = Background(small(300, checkpoint_interval=5))
+    path = background.wait_for_update(13)
+    code, _, _ = background.end(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    saved, reached = checkpoint(path)["update"], update_steps(path)[-1]
+    assert saved % 5 == 0
+    assert saved >= 10
+    assert 0 <= reached - saved <= 5
+    assert reached < 300  # killed in the middle
+    before = (path / "metrics.jsonl").read_bytes()[: checkpoint(path)["metrics_bytes"]]
+    assert ppo.main(["--resume", str(path)]) == 0
+    assert (path / "metrics.jsonl").read_bytes().startswith(before)
+    assert update_steps(path) == list(range(1, 301))
+    rows = metrics(path)
+    for key in ("global_step", "wall_time"):
+        assert all(earlier[key] <= later[key] for earlier, later in zip(rows, rows[1:]))
+    assert rows[-1]["charts/learning_rate"] == pytest.approx(2.5e-4 / 300)
+    assert checkpoint(path)["update"] == 300
+    assert checkpoint(path)["gradient_steps"] == 300 * 4
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("updates_between_kills", [1, 3, 6])
+def test_killed_again_and_again(monkeypatch, updates_between_kills):
+    """Runs that are killed soon after resuming still give whole metrics: each update once, in order."""
+    original, countdown = ppo.Run.end_update, [7]
+
+    def end_update(run, rollout, values):
+        original(run, rollout, values)
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(ppo.Run, "end_update", end_update)
+    with pytest.raises(Killed):
+        ppo.train(small(12, checkpoint_interval=5))
+    (path,) = Path("runs").iterdir()
+    for _ in range(3):
+        countdown[0] = updates_between_kills
+        start = checkpoint(path)["update"]
+        if start + updates_between_kills > 12:
+            break
+        with pytest.raises(Killed):
+            ppo.main(["--resume", str(path)])
+        assert update_steps(path) == list(range(1, start + updates_between_kills + 1))
+    countdown[0] = 100
+    assert ppo.main(["--resume", str(path)]) == 0
+    assert update_steps(path) == list(range(1, 13))
+    steps = [row["global_step"] for row in metrics(path)]
+    assert steps == sorted(steps)
+    # Each episode belongs to one environment, one after the other: their lengths fill at most the run.
+    assert sum(row.get("charts/episodic_length", 0) for row in metrics(path)) <= 12 * BATCH
+
+
+def test_resuming_a_finished_run_changes_nothing(capsys):
+    path = train(small(3))
+    before, state = files(path), checkpoint(path)
+    capsys.readouterr()
+    assert ppo.main(["--resume", str(path)]) == 0
+    assert f"{path}: 192 steps, mean return " in capsys.readouterr().out
+    after = files(path)
+    assert after.keys() == before.keys()
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert after["config.json"] == before["config.json"]
+    for name, tensor in state["agent"].items():
+        assert torch.equal(tensor, checkpoint(path)["agent"][name])
+
+
+def test_resume_with_more_steps():
+    path = train(small(4))
+    first = (path / "metrics.jsonl").read_bytes()
+    assert ppo.main(["--resume", str(path), "--total-timesteps", str(10 * BATCH)]) == 0
+    assert (path / "metrics.jsonl").read_bytes().startswith(first)
+    assert update_steps(path) == list(range(1, 11))
+    assert json.loads((path / "config.json").read_text())["total_timesteps"] == 10 * BATCH
+    rates = [row["charts/learning_rate"] for row in metrics(path) if "charts/learning_rate" in row]
+    assert rates[4] == pytest.approx(2.5e-4 * 0.6)  # the schedule is the longer run's
+    assert ppo.main(["--resume", str(path)]) == 0  # the extension has become the run's setting
+    assert update_steps(path) == list(range(1, 11))
+
+
+def test_resume_in_another_place(tmp_path):
+    """A run directory may be moved, and knows all of its settings."""
+    path = train(small(4, gamma=0.9, shared_network=True, ent_coef=0.0, exp_name="moved"))
+    config = json.loads((path / "config.json").read_text())
+    shutil.move(path, tmp_path / "elsewhere")
+    assert ppo.main(["--resume", "elsewhere/", "--total-timesteps", str(6 * BATCH)]) == 0
+    assert update_steps(tmp_path / "elsewhere") == list(range(1, 7))
+    expected = config | {"total_timesteps": 6 * BATCH}
+    assert json.loads((tmp_path / "elsewhere" / "config.json").read_text()) == expected
+
+
+def test_resume_restores_everything():
+    """Weights, Adam's moments and steps, counters, recent returns and the random numbers, exactly."""
+    args = small(7, checkpoint_interval=3)
+    path = train(args)
+    rng = torch.get_rng_state()  # train() has drawn its last number
+    state = checkpoint(path)
+    torch.manual_seed(12345)
+    agent = ppo.Agent(Box(-1, 1, (4,)), Discrete(2), args)
+    adam = ppo.Adam(agent)
+    run = ppo.Run(ppo.replace(args, resume=str(path)), agent, adam)
+    run.close()
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, tensor in agent.state_dict().items():
+        assert torch.equal(tensor, state["agent"][name])
+    assert torch.equal(adam.parameters, torch.cat([p.flatten() for p in agent.parameters()]))
+    assert torch.equal(adam.moment1, state["moment1"])
+    assert torch.equal(adam.moment2, state["moment2"])
+    assert adam.moment1.abs().sum() > 0
+    assert (adam.steps, run.update, run.first_step) == (7 * 4, 7, 7 * BATCH)
+    returns = [row["charts/episodic_return"] for row in metrics(path) if "charts/episodic_return" in row]
+    assert list(run.returns) == returns[-100:]
+    assert run.seconds > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(number):
+    """The update is finished, a checkpoint written, and what to do said; going on works."""
+    background = Background(small(3000, checkpoint_interval=1000))
+    path = background.wait_for_update(8)
+    code, out, err = background.end(number)
+    assert code == 0
+    assert problems(err) == []
+    stopped_at = update_steps(path)[-1]
+    assert 8 <= stopped_at < 3000
+    assert checkpoint(path)["update"] == stopped_at
+    assert checkpoint(path)["metrics_bytes"] == (path / "metrics.jsonl").stat().st_size
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{path}: {stopped_at * BATCH} steps, mean return ")
+    assert lines[1:] == [f"stopped by a signal; go on with: python ppo.py --resume {path}"]
+    more = str((stopped_at + 2) * BATCH)
+    assert ppo.main(["--resume", str(path), "--total-timesteps", more]) == 0
+    assert update_steps(path) == list(range(1, stopped_at + 3))
+
+
+def test_signal_between_two_updates(monkeypatch):
+    """Also a signal that comes when the update has just ended leaves a checkpoint of that update."""
+    original = ppo.Run.end_update
+
+    def end_update(run, rollout, values):
+        original(run, rollout, values)
+        if run.update == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ppo.Run, "end_update", end_update)
+    path = train(small(9, checkpoint_interval=5))
+    assert update_steps(path) == [1, 2, 3]
+    assert checkpoint(path)["update"] == 3
+
+
+def test_handlers_of_signals_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(small(1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_torn_files():
+    """Half a line at the metrics' end and half a checkpoint beside the whole one are what a power cut may leave."""
+    path = train(small(4))
+    whole = (path / "metrics.jsonl").read_bytes()
+    with open(path / "metrics.jsonl", "ab") as file:
+        file.write(whole.splitlines()[-1][:40])
+    (path / "checkpoint.pt.tmp").write_bytes((path / "checkpoint.pt").read_bytes()[:999])
+    assert ppo.main(["--resume", str(path), "--total-timesteps", str(6 * BATCH)]) == 0
+    assert (path / "metrics.jsonl").read_bytes().startswith(whole)
+    assert update_steps(path) == list(range(1, 7))
+    assert files(path).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_lost_metrics(kept):
+    """Without its metrics, or with a part of them only, a run still goes on, and what it adds can be read."""
+    path = train(small(4))
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_bytes(b"".join(lines[:kept]))
+    assert ppo.main(["--resume", str(path), "--total-timesteps", str(6 * BATCH)]) == 0
+    assert (path / "metrics.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
+    assert update_steps(path)[-2:] == [5, 6]
+
+
+def test_full_disk(monkeypatch, capsys):
+    """The checkpoint from before stays whole; with space again the run goes on."""
+    original, written = Path.write_bytes, []
+
+    def write_bytes(path, contents):
+        if path.name.startswith("checkpoint.pt"):
+            written.append(path.name)
+            if len(written) > 2:  # the third is cut short
+                original(path, contents[: len(contents) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return original(path, contents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        assert ppo.main(flags(small(12, checkpoint_interval=4))) == 1
+    assert written == ["checkpoint.pt.tmp"] * 3
+    (line,) = problems(capsys.readouterr().err)
+    assert line.startswith("ppo.py: error: ")
+    assert "No space left on device" in line
+    (path,) = Path("runs").iterdir()
+    assert checkpoint(path)["update"] == 4
+    assert ppo.main(["--resume", str(path)]) == 0
+    assert update_steps(path) == list(range(1, 13))
+
+
+def trained_to_prefer_the_left() -> Path:
+    """A run whose agent pushes the cart to the left in 55 of 100 cases, whatever it sees."""
+    path = train(small(2))
+    state = checkpoint(path)
+    state["agent"]["actor.4.weight"].zero_()
+    state["agent"]["actor.4.bias"].copy_(torch.tensor([0.2, 0.0]))
+    torch.save(state, path / "checkpoint.pt")
+    return path
+
+
+def test_evaluate(capsys):
+    """The saved agent plays, reproducibly, and nothing of the run is changed."""
+    path = trained_to_prefer_the_left()
+    before = files(path)
+    capsys.readouterr()
+    said, best = {}, ["--eval-deterministic"]
+    for name, extra in (("first", []), ("again", []), ("other seed", ["--seed", "7"]), ("best", best)):
+        assert ppo.main(["--evaluate", str(path), "--eval-episodes", "20", *extra]) == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        said[name] = re.fullmatch(r"CartPole-v1: return (\d+\.\d) \+- (\d+\.\d) over 20 episodes\n", output.out)
+        assert said[name]
+    assert said["first"][0] == said["again"][0] != said["other seed"][0]
+    assert float(said["best"][1]) < 11  # always to the left: the pole falls after 8 to 10 steps
+    assert float(said["first"][1]) > 14
+    assert files(path) == before
+
+
+def test_evaluate_returns_what_it_prints(capsys):
+    path = trained_to_prefer_the_left()
+    capsys.readouterr()
+    returns = ppo.evaluate(small(2, evaluate=str(path), eval_episodes=5))
+    assert len(returns) == 5
+    assert f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} over 5 episodes" in capsys.readouterr().out
+
+
+def test_videos_of_the_training(capsys):
+    path = train(small(3, capture_video=True))
+    videos = sorted((path / "videos").iterdir())
+    assert videos
+    assert all(video.suffix == ".mp4" and video.stat().st_size > 1000 for video in videos)
+    assert problems(capsys.readouterr().err) == []
+    assert update_steps(path) == [1, 2, 3]
+
+
+def test_recording_does_not_change_the_training():
+    plain, recorded = train(small(3, runs_dir="plain")), train(small(3, runs_dir="recorded", capture_video=True))
+    assert without_clock(plain) == without_clock(recorded)
+
+
+def test_videos_of_the_evaluation(capsys):
+    path = train(small(2))
+    before = files(path)
+    assert ppo.main(["--evaluate", str(path), "--eval-episodes", "3", "--capture-video"]) == 0
+    assert problems(capsys.readouterr().err) == []
+    after = files(path)
+    videos = after.keys() - before.keys()
+    assert len(videos) == 3
+    assert all(name.startswith("videos/") and name.endswith(".mp4") and len(after[name]) > 1000 for name in videos)
+    assert {name: after[name] for name in before} == before
+
+
+def test_failing_renderer(capsys):
+    assert ppo.main(flags(small(4, env_id="test/BrokenRenderer-v0", capture_video=True))) == 0
+    (line,) = problems(capsys.readouterr().err)
+    assert "recording failed: the graphics card is on fire" in line
+    (path,) = Path("runs").iterdir()
+    assert update_steps(path) == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*initialised with render_mode='rgb_array' that is not in the possible")
+def test_environment_without_a_renderer(capsys):
+    assert ppo.main(flags(small(4, env_id="test/Picky-v0", capture_video=True))) == 0
+    (line,) = problems(capsys.readouterr().err)
+    assert line.startswith("no videos, test/Picky-v0 cannot be recorded: ")
+
+
+def test_failing_encoder(capsys, monkeypatch):
+    from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
+
+    def write_videofile(*args, **kwargs):
+        raise OSError("encoder not found,\n\nsee the manual")
+
+    monkeypatch.setattr(ImageSequenceClip, "write_videofile", write_videofile)
+    assert ppo.main(flags(small(4, capture_video=True))) == 0
+    (line,) = problems(capsys.readouterr().err)
+    assert "recording failed: encoder not found, see the manual" in line
+    (path,) = Path("runs").iterdir()
+    assert update_steps(path) == [1, 2, 3, 4]
+
+
+def offline_records(path: Path):
+    """The records in a .wandb file: a log in LevelDB's format, whose records may be cut into several chunks."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, contents = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # a block's end too small for a chunk's header
+            position += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        contents += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or a record's last chunk
+            record = Record()
+            record.ParseFromString(contents)
+            contents = b""
+            yield record
+
+
+def test_tracking(monkeypatch):
+    """Offline, Weights & Biases gets the settings and the same numbers that metrics.jsonl has."""
+    import wandb
+
+    wandb.teardown()  # what other tests have set must not last
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = small(20, track=True, wandb_project_name="trials", ent_coef=0.02)
+    path = train(args)
+    wandb.teardown()
+    (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
+    history, config, runs = [], {}, []
+    for record in offline_records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            runs.append((record.run.run_id, record.run.display_name, record.run.project))
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "history":
+            keys = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.append({key: value for key, value in keys.items() if not key.startswith("_")})
+    assert set(runs) == {(path.name, path.name, "trials")}
+    assert {key: config[key] for key in asdict(args)} == asdict(args)
+    assert len(history) > 40
+    assert history == metrics(path)
+
+
+def test_training_in_a_thread():
+    """Signals can be handled in the main thread only; elsewhere the training works without that."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(ppo.train(small(2))))
+    thread.start()
+    thread.join(60)
+    assert [result["global_step"] for result in results] == [2 * BATCH]
+
+
+@pytest.mark.parametrize("env_kwargs", ["{}", '{"images": true}'])
+def test_actions_that_do_not_start_at_0(env_kwargs, capsys):
+    """The environment gets actions of its own; Discrete observations and images become vectors. It checks both."""
+    PickyEnv.taken.clear()
+    path = train(small(3, env_id="test/Picky-v0", env_kwargs=env_kwargs))
+    assert PickyEnv.taken == {5, 6, 7}
+    state = checkpoint(path)["agent"]
+    assert state["actor.4.bias"].shape == (3,)
+    assert state["actor.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
+    PickyEnv.taken.clear()
+    capsys.readouterr()
+    assert ppo.main(["--evaluate", str(path)]) == 0
+    assert PickyEnv.taken == {5, 6, 7}
+    assert capsys.readouterr().out == "test/Picky-v0: return 8.0 +- 0.0 over 10 episodes\n"
+
+
+def test_frozen_lake():
+    path = train(small(3, env_id="FrozenLake-v1", env_kwargs='{"is_slippery": false}'))
+    assert checkpoint(path)["agent"]["actor.0.weight"].shape == (64, 16)
+    assert update_steps(path) == [1, 2, 3]
+
+
+def run_script(script: Path, *words: str) -> subprocess.CompletedProcess:
+    """Runs a script as a user would, without what helps the tests to find it."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"COLUMNS": "100"}
+    return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_help():
+    done = run_script(SCRIPT, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for field in fields(ppo.Args):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", done.stdout), field.name
+    assert not list(Path.cwd().iterdir())
+
+
+def test_copy_of_the_script(tmp_path):
+    """One file is all it takes; a copy under another name gives its name to its runs."""
+    shutil.copy(SCRIPT, tmp_path / "my_ppo.py")
+    done = run_script(tmp_path / "my_ppo.py", "--total-timesteps", "512")
+    assert done.returncode == 0, done.stderr
+    (path,) = Path("runs").iterdir()
+    assert path.name.startswith("CartPole-v1__my_ppo__1__")
+    assert json.loads((path / "config.json").read_text())["exp_name"] == "my_ppo"
