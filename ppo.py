@@ -43,6 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box, Discrete
 from tqdm import tqdm
@@ -115,7 +116,29 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) -> gym.vector.SyncVectorEnv:
+class SameStepVectorEnv(gym.vector.SyncVectorEnv):
+    """SyncVectorEnv in same-step autoreset mode, with a step that costs about half as much.
+
+    What it returns is overwritten by the next step, as with copy=False.
+    """
+
+    def step(self, actions: np.ndarray):
+        """Steps all environments with actions [N]; returns what gymnasium.vector.VectorEnv.step documents."""
+        infos = {}
+        for i, env in enumerate(self.envs):
+            obs, self._rewards[i], self._terminations[i], self._truncations[i], info = env.step(actions[i])
+            # [core-1] Where an episode ends, the environment restarts within the same step, which then returns the next
+            # episode's first observation. Gymnasium's default spends an extra step on the restart: a transition that
+            # never happened, and must not be learned from.
+            if self._terminations[i] or self._truncations[i]:
+                infos = self._add_info(infos, {"final_obs": obs, "final_info": info}, i)
+                obs, info = env.reset()
+            infos = self._add_info(infos, info, i) if info else infos
+            self._observations[i] = obs
+        return self._observations, self._rewards, self._terminations, self._truncations, infos
+
+
+def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) -> gym.vector.VectorEnv:
     """Creates num_envs environments that are stepped together; raises InputError if that is impossible.
 
     Their observations are vectors [size]: other Boxes are flattened, Discrete observations become one-hot.
@@ -142,14 +165,8 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
         return gym.wrappers.RecordEpisodeStatistics(env)
 
     try:
-        # [core-1] Where an episode ends, the environment restarts within the same step, which then returns the next
-        # episode's first observation. Gymnasium's default spends an extra step on the restart: a transition that never
-        # happened, and must not be learned from.
-        return gym.vector.SyncVectorEnv(
-            [lambda index=index: make_env(index) for index in range(args.num_envs)],
-            copy=False,  # collect_rollout copies what it keeps
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-        )
+        make = [lambda index=index: make_env(index) for index in range(args.num_envs)]
+        return SameStepVectorEnv(make, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     except InputError:
         raise
     except Exception as error:  # a constructor may raise anything
@@ -166,8 +183,24 @@ def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
     return layer
 
 
+class MLP(nn.Module):
+    """Linear layers with tanh between them: [..., inputs] -> [..., outputs] (common/models.py)."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        # To look these up in the layers at every call would cost more than the arithmetic on a few observations.
+        self.weights = [(layer.weight, layer.bias) for layer in layers]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the last layer."""
+        for weight, bias in self.weights[:-1]:
+            x = torch.tanh(F.linear(x, weight, bias))
+        return F.linear(x, *self.weights[-1])
+
+
 class Agent(nn.Module):
-    """A policy (actor) and a value function (critic), each with two hidden layers of 64 tanh units (common/models.py).
+    """A policy (actor) and a value function (critic), each with two hidden layers of 64 tanh units.
 
     actor: observations [..., size] -> logits [..., actions] of a categorical distribution over the actions.
     critic: observations [..., size] -> expected discounted returns [..., 1].
@@ -176,17 +209,17 @@ class Agent(nn.Module):
     def __init__(self, observation_space: Box, action_space: Discrete, args: Args):
         super().__init__()
 
-        def hidden_layers() -> list[nn.Module]:
-            first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
-            return [layer_init(first, 2**0.5, args), nn.Tanh(), layer_init(second, 2**0.5, args), nn.Tanh()]
+        def hidden_layers() -> list[nn.Linear]:
+            sizes = (observation_space.shape[0], 64), (64, 64)
+            return [layer_init(nn.Linear(*size), math.sqrt(2), args) for size in sizes]
 
         # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features. The
         # layers of both are drawn independently. [extra-16]
         actor_layers = hidden_layers()
         critic_layers = actor_layers if args.shared_network else hidden_layers()
         # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
-        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, int(action_space.n)), 0.01, args))
-        self.critic = nn.Sequential(*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args))
+        self.actor = MLP([*actor_layers, layer_init(nn.Linear(64, int(action_space.n)), 0.01, args)])
+        self.critic = MLP([*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args)])
 
 
 def log_probabilities(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,14 +251,11 @@ def collect_rollout(agent: Agent, envs: gym.vector.VectorEnv, next_obs: np.ndarr
     # too). One large draw for the whole rollout is much faster than one for each step.
     shape = (args.num_steps, args.num_envs, int(envs.single_action_space.n))
     gumbel = -torch.empty(shape).exponential_().log().to(device)
-    # The layers' plain functions: for a few rows the hooks that a module call looks for cost more than its arithmetic.
-    layers = [layer.forward for layer in agent.actor]
 
     obs[0] = next_obs
     for step, (row, noise) in enumerate(zip(torch.from_numpy(obs), gumbel)):
-        logits = row.to(device)
-        for layer in layers:  # acting needs no values: train() computes them for the whole rollout at once
-            logits = layer(logits)
+        # Acting needs no values; train() computes them for the whole rollout at once.
+        logits = agent.actor(row.to(device))
         actions[step] = (logits + noise).argmax(-1).cpu().numpy()
         obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
         dones[step] = terminations | truncations
@@ -252,11 +282,11 @@ def compute_gae(
     # [core-5] Where the rollout stops within an episode, V(s_T) stands for the rest of it; where an episode ends,
     # nothing follows. Lambda trades the bias of V against the variance of long sums. [extra-13] In float64.
     unfinished = 1.0 - dones.double()
-    deltas = rewards + gamma * values[1:] * unfinished - values[:-1]
-    advantages = [torch.zeros_like(deltas[0])]
-    for delta, decay in zip(deltas.flip(0), gamma * gae_lambda * unfinished.flip(0)):
-        advantages.append(torch.addcmul(delta, decay, advantages[-1]))
-    advantages = torch.stack(advantages[:0:-1]).to(values.dtype)
+    advantages = rewards + gamma * values[1:] * unfinished - values[:-1]  # delta_t, to which the sum is now added
+    steps, decays = advantages.unbind(), (gamma * gae_lambda * unfinished).unbind()
+    for t in reversed(range(len(steps) - 1)):
+        steps[t].addcmul_(decays[t], steps[t + 1])
+    advantages = advantages.to(values.dtype)
     return advantages, advantages + values[:-1]
 
 
@@ -289,7 +319,7 @@ def ppo_loss(
     # [core-9] The same for the value function: nothing to gain from moving further than clip_coef from the old value.
     value_loss = (values - returns).square()
     if args.clip_vloss:
-        clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        clipped_values = values.clamp(old_values - clip_coef, old_values + clip_coef)
         value_loss = torch.maximum(value_loss, (clipped_values - returns).square())
     value_loss = 0.5 * value_loss.mean()  # [extra-6] this half comes on top of vf_coef
 
@@ -381,7 +411,8 @@ def train(args: Args) -> dict:
         options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
         improve = torch.compile(gradient_step, fullgraph=True, dynamic=False, options=options)
 
-    next_obs, _ = envs.reset(seed=args.seed + run.first_step)  # a resumed run does not repeat its first episodes
+    # [extra-35] Environment i is seeded with this + i. A resumed run does not repeat its first episodes.
+    next_obs, _ = envs.reset(seed=args.seed + run.first_step)
     run.save()
     while run.update < args.num_updates and not run.stopped_by:
         # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]

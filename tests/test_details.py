@@ -172,19 +172,19 @@ def test_core_5_no_gae_is_lambda_1(spy):
 def test_core_2_initialization():
     agent = ppo.Agent(*SPACES, ppo.Args())
     for network, head_gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
-        for layer, gain in zip((network[0], network[2], network[4]), (2**0.5, 2**0.5, head_gain)):
+        for layer, gain in zip(network.layers, (2**0.5, 2**0.5, head_gain)):
             weight = layer.weight.detach() / gain
             gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
             torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
             assert not layer.bias.any()
-    default = ppo.Agent(*SPACES, ppo.Args(orthogonal_init=False)).actor[2]
+    default = ppo.Agent(*SPACES, ppo.Args(orthogonal_init=False)).actor.layers[1]
     assert default.bias.abs().max() > 0 and default.weight.abs().max() <= 1 / math.sqrt(64)
 
 
 def test_core_13_separate_or_shared_networks():
     separate, shared = (ppo.Agent(*SPACES, ppo.Args(shared_network=on)) for on in (False, True))
-    assert not torch.equal(separate.actor[0].weight, separate.critic[0].weight)
-    assert shared.actor[0] is shared.critic[0] and shared.actor[2] is shared.critic[2]
+    assert not torch.equal(separate.actor.layers[0].weight, separate.critic.layers[0].weight)
+    assert all(shared.actor.layers[i] is shared.critic.layers[i] for i in (0, 1))
     count = [sum(p.numel() for p in agent.parameters()) for agent in (separate, shared)]
     assert count[0] - count[1] == 4 * 64 + 64 + 64 * 64 + 64
 
@@ -314,8 +314,8 @@ def test_actions_follow_the_policy():
     args = ppo.Args(num_envs=2, num_steps=4000)
     envs = ppo.make_envs(args)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
-    torch.nn.init.zeros_(agent.actor[4].weight)
-    agent.actor[4].bias.data = torch.tensor([0.3, 0.7]).log()
+    torch.nn.init.zeros_(agent.actor.layers[2].weight)
+    agent.actor.layers[2].bias.data = torch.tensor([0.3, 0.7]).log()
     obs, _ = envs.reset(seed=0)
     torch.manual_seed(0)
     rollout = ppo.collect_rollout(agent, envs, obs, args, torch.device("cpu"))

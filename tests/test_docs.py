@@ -68,7 +68,7 @@ def test_flags_have_help_and_readme_commands_exist():
     for field in fields(ppo.Args):
         assert re.search(rf"(?m)^    {field.name}: .+ = .+  # \w.+$", source), field.name
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", (ROOT / "README.md").read_text())):
-        known = {field.name for field in fields(ppo.Args)} | {"peer", "seconds", "rounds", "output", "workers"}
+        known = {field.name for field in fields(ppo.Args)} | {"peer", "seconds", "rounds", "output", "workers", "help"}
         assert flag.replace("-", "_").removeprefix("no_") in known, flag
 
 
