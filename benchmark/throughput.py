@@ -90,8 +90,10 @@ def main() -> None:
         large = {}
         for name, command in commands.items():
             small = base.setdefault(name, args.steps)
-            extra = measure(command, 3 * small, directory)[0] - measure(command, small, directory)[0]
-            large[name] = small * (1 + max(2, round(2 * args.seconds / max(extra, 0.1))))
+            factor, start_up = 2, measure(command, small, directory)[0]
+            while (extra := measure(command, (1 + factor) * small, directory)[0] - start_up) < args.seconds / 3:
+                factor *= 3
+            large[name] = small * (1 + max(2, round(factor * args.seconds / extra)))
         for round_number in range(1, args.rounds + 1):
             for name, command in commands.items():
                 (long, memory[name]), (short, _) = (measure(command, n, directory) for n in (large[name], base[name]))
