@@ -3,8 +3,8 @@
     python -m benchmark.ablations       # runs what is missing, then writes benchmark/results/ablations.csv
     python docs/index_details.py        # puts the effects into docs/details.md
 
-Two numbers for each variant, as differences from the defaults with a 95% interval (Welch) over seeds: the mean return of
-all episodes' last-100 averages over the whole run (how fast it learns), and that of the last 100 episodes.
+Two numbers for each variant, as differences from the defaults with a 95% interval (Welch) over seeds: the mean of the
+learning curve (how fast it learns) and its last point, the mean return of the last 100 episodes.
 """
 
 import csv
