@@ -704,6 +704,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {error}") from error
         args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
+        if args.resume and args.batch_size != saved.batch_size:
+            raise InputError("--num-envs x --num-steps cannot change with --resume: updates would not match steps")
     return args
 
 

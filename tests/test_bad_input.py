@@ -333,3 +333,8 @@ def test_numbers_that_break_the_training(case, capsys, recwarn):
     assert max(row["global_step"] for row in rows) == 5 * 32
     # The checkpoint is not only readable but of use: other environments can go on from there.
     assert ppo.main(["--resume", str(path), "--env-kwargs", "{}"]) == 0
+
+
+def test_resume_cannot_change_the_size_of_a_rollout(capsys):
+    path = small_run()
+    assert "cannot change with --resume" in refusal(["--resume", str(path), "--num-envs", "8"], capsys)
