@@ -47,8 +47,8 @@ def play(num_envs=3, num_steps=20):
     envs = ppo.make_envs(args)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     obs, _ = envs.reset(seed=1)
-    first = ppo.collect_rollout(agent, envs, obs, args, torch.device("cpu"))
-    second = ppo.collect_rollout(agent, envs, first.obs[-1], args, torch.device("cpu"))
+    first = ppo.collect_rollout(agent, envs, obs, args)
+    second = ppo.collect_rollout(agent, envs, first.obs[-1], args)
     return first, second, envs
 
 

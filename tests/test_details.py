@@ -318,7 +318,30 @@ def test_actions_follow_the_policy():
     agent.actor.layers[2].bias.data = torch.tensor([0.3, 0.7]).log()
     obs, _ = envs.reset(seed=0)
     torch.manual_seed(0)
-    rollout = ppo.collect_rollout(agent, envs, obs, args, torch.device("cpu"))
+    rollout = ppo.collect_rollout(agent, envs, obs, args)
     share = rollout.actions.mean(0)
     np.testing.assert_allclose(share, 0.7, atol=0.03)  # four standard errors of 4000 draws
     assert not np.array_equal(rollout.actions[:, 0], rollout.actions[:, 1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("inputs", [(4,), (3, 4), (2, 3, 4)])
+def test_acting_in_numpy_is_the_network(shared, inputs):
+    """MLP.as_numpy gives the outputs of forward for the present weights, for one observation and for many."""
+    agent = ppo.Agent(*SPACES, ppo.Args(shared_network=shared))
+    adam = ppo.Adam(agent)
+    for _ in range(2):
+        adam.parameters += torch.randn(adam.parameters.shape)
+        x = torch.randn(inputs)
+        for network in (agent.actor, agent.critic):
+            expected = network(x).detach().numpy()
+            np.testing.assert_allclose(network.as_numpy()(x.numpy()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_acting_refuses_a_network_that_was_changed_in_one_place_only(monkeypatch):
+    """Otherwise actions would be drawn from another policy than the one that is trained, without a sign of it."""
+    agent = ppo.Agent(*SPACES, ppo.Args())
+    forward = ppo.MLP.forward
+    monkeypatch.setattr(ppo.MLP, "forward", lambda self, x: forward(self, x).relu() + 0.1)
+    with pytest.raises(AssertionError, match="as_numpy"):
+        agent.actor.as_numpy()

@@ -169,7 +169,7 @@ def test_schedules(load_fixture, monkeypatch, tmp_path):
             clip_coefs.append(clip_coef)
             return torch.zeros(3), torch.zeros(len(minibatch[0]))
 
-        def no_rollout(agent, envs, next_obs, args, device):
+        def no_rollout(agent, envs, next_obs, args):
             shape = args.num_steps, args.num_envs
             actions, rewards, dones = np.zeros(shape, int), np.zeros(shape, np.float32), np.zeros(shape, bool)
             return ppo.Rollout(np.zeros((shape[0] + 1, shape[1], 4), np.float32), actions, rewards, dones, [], [])

@@ -1,7 +1,8 @@
-"""Learning curves of ppo.py on classic control, beside those of the official code on the same environments.
+"""Learning curves beside those of the official code on the same environments.
 
-    python -m benchmark.classic run     # 3 environments x 5 seeds, 500,000 steps each, into runs/classic
-    python -m benchmark.classic plot    # benchmark/results/classic.csv, docs/img/classic.png and the table
+    python -m benchmark.curves classic run      # ppo.py: 3 environments x 5 seeds, 500,000 steps each
+    python -m benchmark.curves mujoco run       # ppo_continuous.py: 3 environments x 5 seeds, 1,000,000 steps each
+    python -m benchmark.curves mujoco plot      # benchmark/results/mujoco.csv, docs/img/mujoco.png and the table
 
 `run` skips what is finished and resumes what was interrupted. A curve is the mean return of the last 100 episodes at
 the end of an update, as the official logger has it (eprewmean).
@@ -15,35 +16,56 @@ from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0")
-REFERENCE, RESULTS = ROOT / "benchmark/reference/classic.csv", ROOT / "benchmark/results/classic.csv"
-POINTS = 122  # updates kept of 976: every eighth
+POINTS = 122  # updates kept of each curve
+
+
+class Suite(NamedTuple):
+    """What one figure shows."""
+
+    script: str
+    envs: tuple[str, ...]
+    published: dict[str, tuple[float, float]]  # mean and standard deviation of the final return in the article
+
+
+SUITES = {
+    "classic": Suite("ppo", ("CartPole-v1", "Acrobot-v1", "MountainCar-v0"), {}),
+    # The article's runs were on the -v2 environments of an older simulator.
+    "mujoco": Suite(
+        "ppo_continuous",
+        ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"),
+        {"HalfCheetah-v4": (2149, 1166), "Hopper-v4": (2449, 596), "Walker2d-v4": (3142, 982)},
+    ),
+}
 
 
 @dataclass
 class Args:
-    """Runs or plots the classic-control benchmark."""
+    """Runs or plots a benchmark suite."""
 
+    suite: tyro.conf.Positional[Literal["classic", "mujoco"]]
+    """which environments"""
     command: tyro.conf.Positional[Literal["run", "plot"]]
     """what to do"""
-    runs_dir: Path = Path("runs/classic")
+    runs_dir: Path = Path("runs/benchmark")
     """where the run directories are"""
     seeds: int = 5
     """seeds 1 to this number"""
     workers: int = 2
     """runs at the same time"""
+    flags: str = "--compile"
+    """flags for the script"""
 
 
-def find_run(runs_dir: Path, env_id: str, seed: int) -> Path | None:
+def find_run(args: Args, env_id: str, seed: int) -> Path | None:
     """The newest run directory of this environment and seed, or None."""
-    found = sorted(runs_dir.glob(f"{env_id}__ppo__{seed}__*/checkpoint.pt"))
+    found = sorted(args.runs_dir.glob(f"{env_id}__{SUITES[args.suite].script}__{seed}__*/checkpoint.pt"))
     return found[-1].parent if found else None
 
 
@@ -61,18 +83,19 @@ def curve(run_dir: Path) -> list[tuple[int, float]]:
 
 def run(args: Args) -> int:
     """Starts all missing runs; returns how many failed."""
+    script, envs, _ = SUITES[args.suite]
 
     def job(env_id: str, seed: int) -> int:
-        command = [sys.executable, str(ROOT / "ppo.py"), "--env-id", env_id, "--seed", str(seed)]
-        run_dir = find_run(args.runs_dir, env_id, seed)
-        command += ["--resume", str(run_dir)] if run_dir else ["--runs-dir", str(args.runs_dir)]
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", env_id, "--seed", str(seed)]
+        run_dir = find_run(args, env_id, seed)
+        command += ["--resume", str(run_dir)] if run_dir else ["--runs-dir", str(args.runs_dir), *args.flags.split()]
         result = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         tail = result.stderr.strip().splitlines()[-1:] or [""]
-        print(f"{env_id} seed {seed}: exit code {result.returncode}; {tail[0]}")
+        print(f"{env_id} seed {seed}: exit code {result.returncode}; {tail[0]}", flush=True)
         return result.returncode != 0
 
     with ThreadPoolExecutor(args.workers) as pool:
-        return sum(pool.map(job, *zip(*[(env_id, seed) for seed in range(1, args.seeds + 1) for env_id in ENVS])))
+        return sum(pool.map(job, *zip(*[(env_id, seed) for seed in range(1, args.seeds + 1) for env_id in envs])))
 
 
 def read(path: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
@@ -97,10 +120,18 @@ def write(path: Path, curves: dict) -> None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95% t-interval of the mean over seeds."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(np.mean(values)), float(np.mean(values))
+    """95% t-interval of the mean over seeds; not-a-number for one seed alone."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
     return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def cell(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds, as the table shows them."""
+    deviation = f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{deviation} ({len(values)} seed{'s' * (len(values) > 1)})"
 
 
 def plot(args: Args) -> None:
@@ -110,41 +141,50 @@ def plot(args: Args) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = {env_id: {} for env_id in ENVS}
-    for env_id in ENVS:
+    script, envs, published = SUITES[args.suite]
+    reference, results = (ROOT / "benchmark" / kind / f"{args.suite}.csv" for kind in ("reference", "results"))
+    ours = {env_id: {} for env_id in envs}
+    for env_id in envs:
         for seed in range(1, args.seeds + 1):
-            if run_dir := find_run(args.runs_dir, env_id, seed):
+            if run_dir := find_run(args, env_id, seed):
                 ours[env_id][seed] = curve(run_dir)
     if any(ours.values()):
-        write(RESULTS, ours)
-    ours, official = read(RESULTS), read(REFERENCE)
+        write(results, ours)
+    ours, official = read(results), read(reference)
     rng = np.random.default_rng(0)
-    figure, axes = plt.subplots(1, len(ENVS), figsize=(12, 3.6), constrained_layout=True)
-    print("| environment | measured | ppo.py | official code | official 95% interval |\n|---|---|---|---|---|")
-    for axis, env_id in zip(axes, ENVS):
+    figure, axes = plt.subplots(1, len(envs), figsize=(12, 3.6), constrained_layout=True)
+    print(f"| environment | measured | {script}.py | its 95% interval | official code | its 95% interval |")
+    print("|---|---|---|---|---|---|")
+    for axis, env_id in zip(axes, envs):
         finals = {}
-        for name, curves, color in (("official (baselines ppo2)", official, "0.45"), ("ppo.py", ours, "tab:blue")):
+        for name, curves, color in ((f"{script}.py", ours, "tab:blue"), ("official (baselines ppo2)", official, "0.45")):
             seeds = list(curves[env_id].values())
             steps = np.array([step for step, _ in seeds[0]])
             returns = np.array([[value for _, value in points] for points in seeds])
             resampled = rng.choice(returns, (2000, len(returns))).mean(1)
             low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-            axis.plot(steps, returns.mean(0), color=color, label=f"{name}, {len(seeds)} seeds")
+            axis.plot(steps, returns.mean(0), color=color, label=f"{name}, {cell(returns[:, -1]).split('(')[1][:-1]}")
             axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
             finals[name] = {"at the end": returns[:, -1], "last tenth": returns[:, -len(steps) // 10 :].mean(1)}
-        reference, mine = finals.values()
-        for when in reference:
-            low, high = interval(list(reference[when]))
-            cells = [f"{x.mean():.1f} +- {x.std(ddof=1):.1f} ({len(x)} seeds)" for x in (mine[when], reference[when])]
-            print(f"| {env_id} | {when} | {cells[0]} | {cells[1]} | {low:.1f} to {high:.1f} |")
+        mine, theirs = finals.values()
+        for when in mine:
+            cells = []
+            for values in (mine[when], theirs[when]):
+                low, high = interval(list(values))
+                cells += [cell(values), "-" if np.isnan(low) else f"{low:.1f} to {high:.1f}"]
+            print(f"| {env_id} | {when} | {' | '.join(cells)} |")
+        if env_id in published:
+            mean, deviation = published[env_id]
+            label = f"article, -v2: {mean} +- {deviation}"
+            axis.errorbar([steps[-1]], [mean], [deviation], fmt="o", color="0.2", ms=4, capsize=3, label=label)
         axis.set(title=env_id, xlabel="environment steps", ylabel="mean return of 100 episodes")
         if np.ptp(axis.get_ylim()) < 50:  # a flat curve
             axis.set_ylim(returns[0, -1] - 50, returns[0, -1] + 50)
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="upper left" if env_id in published else "lower right", fontsize=8)
     (ROOT / "docs/img").mkdir(parents=True, exist_ok=True)
-    figure.savefig(ROOT / "docs/img/classic.png", dpi=110)
+    figure.savefig(ROOT / f"docs/img/{args.suite}.png", dpi=110)
 
 
 if __name__ == "__main__":
