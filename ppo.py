@@ -210,7 +210,7 @@ class MLP(nn.Module):
 
         example = torch.ones(1, self.layers[0].in_features)
         difference = forward(example.numpy()) - self(example.to(self.weights[0][0].device)).cpu().numpy()
-        assert not np.abs(difference).max() > 1e-4 * np.abs(last_weight).sum(), "as_numpy must compute what forward does"
+        assert not np.abs(difference).max() > 1e-4 * np.abs(last_weight).sum(), "as_numpy must compute forward"
         return forward
 
 
@@ -726,6 +726,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, also after a signal; 2 for bad input; 1 for other failures."""
+    sys.path.append(os.getcwd())  # where --env-id my_module:MyEnv may find my_module.py
     try:
         args = parse_args(argv)
         if args.evaluate:

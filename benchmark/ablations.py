@@ -1,7 +1,8 @@
-"""What switching a detail off does to learning: ppo.py on CartPole-v1 with one flag changed at a time.
+"""What switching a detail off does to learning, one flag changed at a time.
 
-    python -m benchmark.ablations       # runs what is missing, then writes benchmark/results/ablations.csv
-    python docs/index_details.py        # puts the effects into docs/details.md
+    python -m benchmark.ablations classic    # ppo.py; runs what is missing, then writes benchmark/results/
+    python -m benchmark.ablations mujoco     # ppo_continuous.py
+    python docs/index_details.py             # puts the effects into docs/details.md
 
 Two numbers for each variant, as differences from the defaults with a 95% interval (Welch) over seeds: the mean of the
 learning curve (how fast it learns) and its last point, the mean return of the last 100 episodes.
@@ -13,15 +14,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 from scipy import stats
 
-from benchmark.classic import ROOT, curve
+from benchmark.curves import ROOT, curve
 
-RESULTS = ROOT / "benchmark/results/ablations.csv"
-VARIANTS = [
+CLASSIC = [
     ("core-2", "--no-orthogonal-init"),
     ("core-3", "--adam-eps 1e-8"),
     ("core-4", "--no-anneal-lr"),
@@ -41,16 +42,43 @@ VARIANTS = [
     ("extra-3", "--no-population-std"),
     ("extra-14", "--bootstrap-truncated"),
 ]
+CONTINUOUS = [
+    ("continuous-2", "--state-dependent-std"),
+    ("continuous-4", "--shared-network"),
+    ("continuous-5", "--no-clip-action"),
+    ("continuous-5", "--squash-action"),
+    ("continuous-6", "--no-norm-obs"),
+    ("continuous-7", "--no-clip-obs"),
+    ("continuous-8", "--no-norm-reward"),
+    ("continuous-9", "--no-clip-reward"),
+    ("extra-1", "--no-adam-eps-hat"),
+    ("extra-14", "--bootstrap-truncated"),
+]
+
+
+class Study(NamedTuple):
+    """Which variants are compared, and where."""
+
+    script: str
+    env_id: str
+    total_timesteps: int
+    variants: list[tuple[str, str]]
+
+
+STUDIES = {
+    "classic": Study("ppo", "CartPole-v1", 200_000, CLASSIC),
+    "mujoco": Study("ppo_continuous", "HalfCheetah-v4", 200_000, CONTINUOUS),
+}
 
 
 @dataclass
 class Args:
     """Runs the ablations."""
 
+    study: tyro.conf.Positional[Literal["classic", "mujoco"]]
+    """which variants"""
     runs_dir: Path = Path("runs/ablations")
     """where the run directories are"""
-    total_timesteps: int = 200_000
-    """steps of each run"""
     seeds: int = 3
     """seeds 1 to this number"""
     workers: int = 2
@@ -64,12 +92,14 @@ def name_of(flags: str) -> str:
 
 def run(args: Args, flags: str, seed: int) -> Path:
     """The finished run directory of a variant and seed; trains it if there is none."""
-    pattern = f"CartPole-v1__{name_of(flags)}__{seed}__*"
+    script, env_id, steps, _ = STUDIES[args.study]
+    pattern = f"{env_id}__{name_of(flags)}__{seed}__*"
     for found in args.runs_dir.glob(pattern):
-        if curve(found)[-1:] and curve(found)[-1][0] >= args.total_timesteps - 512:
+        if curve(found)[-1:] and curve(found)[-1][0] >= 0.99 * steps:
             return found
-    command = [sys.executable, str(ROOT / "ppo.py"), "--compile", "--exp-name", name_of(flags), "--seed", str(seed)]
-    command += ["--runs-dir", str(args.runs_dir), "--total-timesteps", str(args.total_timesteps), *flags.split()]
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--compile", "--exp-name", name_of(flags)]
+    command += ["--env-id", env_id, "--seed", str(seed), "--runs-dir", str(args.runs_dir)]
+    command += ["--total-timesteps", str(steps), *flags.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return max(args.runs_dir.glob(pattern))
 
@@ -90,15 +120,15 @@ def difference(a: list[float], b: list[float]) -> str:
 def main() -> None:
     """Runs everything and writes the CSV."""
     args = tyro.cli(Args)
-    jobs = [(flags, seed) for seed in range(1, args.seeds + 1) for flags in ["", *(flags for _, flags in VARIANTS)]]
+    variants, results_file = STUDIES[args.study].variants, ROOT / f"benchmark/results/ablations_{args.study}.csv"
+    jobs = [(flags, seed) for seed in range(1, args.seeds + 1) for flags in ["", *(flags for _, flags in variants)]]
     with ThreadPoolExecutor(args.workers) as pool:
         results = dict(zip(jobs, pool.map(lambda job: scores(run(args, *job)), jobs)))
     by_variant = {flags: [results[flags, seed] for seed in range(1, args.seeds + 1)] for flags, _ in jobs}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
+    with open(results_file, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["tag", "flags", "curve_mean", "final_return", "effect"])
-        for tag, flags in [("default", ""), *VARIANTS]:
+        for tag, flags in [("default", ""), *variants]:
             (speed, final), (base_speed, base_final) = zip(*by_variant[flags]), zip(*by_variant[""])
             effect = f"{difference(speed, base_speed)} over the run, {difference(final, base_final)} at its end"
             row = [tag, flags, f"{np.mean(speed):.1f}", f"{np.mean(final):.1f}", effect if flags else ""]

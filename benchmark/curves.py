@@ -157,7 +157,7 @@ def plot(args: Args) -> None:
     print("|---|---|---|---|---|---|")
     for axis, env_id in zip(axes, envs):
         finals = {}
-        for name, curves, color in ((f"{script}.py", ours, "tab:blue"), ("official (baselines ppo2)", official, "0.45")):
+        for name, curves, color in ((f"{script}.py", ours, "tab:blue"), ("official (ppo2)", official, "0.45")):
             seeds = list(curves[env_id].values())
             steps = np.array([step for step, _ in seeds[0]])
             returns = np.array([[value for _, value in points] for points in seeds])

@@ -1,30 +1,22 @@
-"""Steps the environments of ppo.py with random actions and nothing else: the bound of what training can reach.
+"""Steps a script's environments with random actions and nothing else: the bound of what training can reach.
 
-    python -m benchmark.env_only --steps 100000 --num-envs 4
+    python -m benchmark.env_only ppo --total-timesteps 100000 --num-envs 4
+
+The flags are those of the script.
 """
 
-from dataclasses import dataclass
+import importlib
+import sys
 
-import numpy as np
-import tyro
-
-import ppo
-
-
-@dataclass
-class Args:
-    """Random steps in CartPole-v1."""
-
-    steps: int
-    """steps of all environments together"""
-    num_envs: int = 4
-    """environments stepped together"""
-
+from gymnasium.vector.utils import batch_space
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    envs = ppo.make_envs(ppo.Args(num_envs=args.num_envs))
-    envs.reset(seed=1)
-    actions = np.random.default_rng(1).integers(2, size=(args.steps // args.num_envs, args.num_envs))
-    for row in actions:
-        envs.step(row)
+    script = importlib.import_module(sys.argv[1])
+    args = script.parse_args(sys.argv[2:])
+    envs = script.make_envs(args)
+    envs.reset(seed=args.seed)
+    space = batch_space(envs.single_action_space, args.num_envs)
+    space.seed(args.seed)
+    actions = [space.sample() for _ in range(1000)]
+    for step in range(args.total_timesteps // args.num_envs):
+        envs.step(actions[step % 1000])

@@ -2,6 +2,7 @@
 
     python -m benchmark.throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
     python -m benchmark.throughput --num-envs 1 4 16 64 256 1024
+    python -m benchmark.throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
 
 Every command is run with a small and with a large number of steps ({steps} in the command): their difference leaves out
 what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
@@ -24,8 +25,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'ppo.py'))} --total-timesteps {{steps}}"
-ENVS = f"{shlex.quote(sys.executable)} -m benchmark.env_only --steps {{steps}}"
+PYTHON = shlex.quote(sys.executable)
 
 
 @dataclass
@@ -34,10 +34,14 @@ class Args:
 
     peer: list[str] = field(default_factory=list)
     """commands to compare with, as NAME=COMMAND with {steps} where the number of steps goes"""
-    ours: list[str] = field(default_factory=lambda: [f"ppo.py={OURS}", f"ppo.py --compile={OURS} --compile"])
-    """our commands, in the same form"""
+    script: str = "ppo"
+    """our script, measured in eager mode and with --compile"""
     num_envs: list[int] = field(default_factory=list)
-    """instead of `ours`: ppo.py with these numbers of environments, beside the environments alone"""
+    """instead of these: our script with these numbers of environments, beside the environments alone"""
+    batch_size: int | None = None
+    """with --num-envs, samples in one rollout, so that --num-steps is this by the number of environments"""
+    flags: str = ""
+    """flags for our script"""
     steps: int = 20_480
     """the small number of steps, rounded up to two rollouts"""
     seconds: float = 20
@@ -77,13 +81,17 @@ def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: l
 def main() -> None:
     """Measures, prints the table, and writes the numbers if asked to."""
     args = tyro.cli(Args)
-    commands, base = dict(entry.split("=", 1) for entry in args.peer + args.ours), {}
+    ours = f"{PYTHON} {shlex.quote(str(ROOT / args.script))}.py --total-timesteps {{steps}} {args.flags}"
+    envs = f"{PYTHON} -m benchmark.env_only {args.script} --total-timesteps {{steps}} {args.flags}"
+    commands, base = dict(entry.split("=", 1) for entry in args.peer), {}
     if args.num_envs:
-        commands = {}
         for count in args.num_envs:
-            commands[f"{count} envs"] = f"{OURS} --num-envs {count}"
-            commands[f"{count} envs, environments alone"] = f"{ENVS} --num-envs {count}"
-            base[f"{count} envs"] = base[f"{count} envs, environments alone"] = max(args.steps, 2 * 128 * count)
+            num_steps = args.batch_size // count if args.batch_size else 128
+            commands[f"{count} envs"] = f"{ours} --num-envs {count} --num-steps {num_steps}"
+            commands[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
+            base[f"{count} envs"] = base[f"{count} envs, environments alone"] = max(args.steps, 2 * num_steps * count)
+    else:
+        commands |= {f"{args.script}.py": ours, f"{args.script}.py --compile": f"{ours} --compile"}
     speeds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0.0)
     with tempfile.TemporaryDirectory() as directory:
@@ -99,7 +107,7 @@ def main() -> None:
                 (long, memory[name]), (short, _) = (measure(command, n, directory) for n in (large[name], base[name]))
                 speeds[name].append((large[name] - base[name]) / (long - short))
                 print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
-    baselines = [] if args.num_envs else [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[:1]
+    baselines = [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[: not args.num_envs]
     print(table(speeds, memory, baselines))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

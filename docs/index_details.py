@@ -2,7 +2,7 @@
 
     python docs/index_details.py
 
-The lines come from the tags in the scripts and the effects from benchmark/results/ablations.csv; a test holds the
+The lines come from the tags in the scripts and the effects from benchmark/results/ablations_*.csv; a test holds the
 page up to date.
 """
 
@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo.py",)
-ABLATIONS = ROOT / "benchmark/results/ablations.csv"
+SCRIPTS = ("ppo.py", "ppo_continuous.py")
+ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv"}
 
 # tag: (what it is, flags that switch it, test)
 DETAILS = {
@@ -37,6 +37,23 @@ DETAILS = {
     "core-12": ("Debug variables", "", "test_details.py::test_core_12_metrics_are_means_over_all_minibatches"),
     "core-13": ("Separate networks for policy and value function", "--shared-network",
                 "test_details.py::test_core_13_separate_or_shared_networks"),
+    "continuous-1": ("Gaussian policy", "",
+                     "test_continuous.py::test_continuous_1_actions_follow_the_policy"),
+    "continuous-2": ("State-independent log standard deviation, initially 0", "--state-dependent-std",
+                     "test_continuous.py::test_continuous_2_one_deviation_for_each_action"),
+    "continuous-3": ("Independent action components", "",
+                     "test_continuous.py::test_continuous_1_and_3_density_and_entropy_equal_torch_distributions"),
+    "continuous-4": ("Separate networks for policy and value function", "--shared-network",
+                     "test_continuous.py::test_continuous_4_and_core_13_separate_or_shared_networks"),
+    "continuous-5": ("Action clipping", "--no-clip-action --squash-action",
+                     "test_continuous.py::test_continuous_5_actions_are_clipped_for_the_environment_only"),
+    "continuous-6": ("Observation normalization", "--no-norm-obs",
+                     "test_parity_continuous.py::test_running_statistics"),
+    "continuous-7": ("Observation clipping", "--no-clip-obs",
+                     "test_continuous.py::test_continuous_7_normalized_observations_are_clipped"),
+    "continuous-8": ("Reward scaling", "--no-norm-reward", "test_parity_continuous.py::test_running_statistics"),
+    "continuous-9": ("Reward clipping", "--no-clip-reward",
+                     "test_continuous.py::test_continuous_8_and_9_rewards_are_scaled_step_by_step"),
     "aux-1": ("Clip-range annealing", "--anneal-clip", "test_details.py::test_core_4_and_aux_1_annealing"),
     "aux-3": ("Early stopping by KL divergence", "--target-kl", "test_details.py::test_aux_3_early_stopping"),
     "extra-1": ("Adam's epsilon is added to the root of the uncorrected second moment", "--no-adam-eps-hat",
@@ -63,6 +80,15 @@ DETAILS = {
                  "test_boundaries.py::test_bootstrap_truncated_adds_the_value_of_the_last_observation"),
     "extra-16": ("Separate networks are drawn independently", "",
                  "test_details.py::test_core_13_separate_or_shared_networks"),
+    "extra-30": ("Normalization divides by the standard deviation, not the variance", "",
+                 "test_parity_continuous.py::test_running_statistics"),
+    "extra-31": ("Statistics are updated before they are used and start with a count of 1e-4", "",
+                 "test_parity_continuous.py::test_running_statistics"),
+    "extra-32": ("The discounted return is reset after the episode's last reward; no mean is subtracted", "",
+                 "test_parity_continuous.py::test_running_statistics"),
+    "extra-33": ("Observations are normalized in float64", "", "test_parity_continuous.py::test_running_statistics"),
+    "extra-34": ("Actions that are not a number become 0", "--no-clip-action",
+                 "test_continuous.py::test_extra_34_not_a_number_becomes_0"),
     "extra-35": ("Environment i is seeded with seed + i", "--seed",
                  "test_boundaries.py::test_environments_are_seeded_apart"),
 }  # fmt: skip
@@ -77,19 +103,20 @@ differently. The flag is the one that switches the detail off or changes it.
 """
 
 NOT_REPRODUCED = """
-## What the official code does and ppo.py does not
+## What the official code does and the scripts do not
 
 - `extra-17`: where a task has exactly 64 actions the official code builds no policy head, and the tanh outputs are the
-  logits. That is an accident of one comparison and bounds the logits to +-1; `ppo.py` always has a head.
+  logits. That is an accident of one comparison and bounds the logits to +-1; the scripts always have a head.
 - `extra-15`: PyTorch's orthogonal initialization draws from the same distribution by another algorithm, so equal seeds
   give other numbers.
 """
 
 
 MEASURED = """
-Effects: difference to the defaults in mean return (of at most 500) on CartPole-v1 after 200,000 steps, over the whole
-learning curve and for the last 100 episodes, with 95% intervals (Welch's t) over 3 seeds each. Differences smaller than
-their interval are no evidence of an effect. [How they were measured](results.md#ablations).
+Effects: difference to the defaults in mean return, over the whole learning curve and for the last 100 episodes, with
+95% intervals (Welch's t) over 3 seeds each: `ppo.py` on CartPole-v1 (return at most 500) for 200,000 steps,
+`ppo_continuous.py` on HalfCheetah-v4 for 200,000. Differences smaller than their interval are no evidence of an effect.
+[How they were measured](results.md#ablations).
 """
 
 
@@ -107,10 +134,10 @@ def where(tag: str) -> list[str]:
 def effects() -> dict[str, str]:
     """Text of the measured effect for each tag that was ablated."""
     texts: dict[str, list[str]] = {}
-    if ABLATIONS.exists():
-        with open(ABLATIONS) as file:
-            for row in csv.DictReader(file):
-                texts.setdefault(row["tag"], []).append(f"`{row['flags']}`: {row['effect']}")
+    for script, name in ABLATIONS.items():
+        path = ROOT / "benchmark/results" / name
+        for row in csv.DictReader(path.read_text().splitlines()) if path.exists() else []:
+            texts.setdefault(row["tag"], []).append(f"{script} `{row['flags']}`: {row['effect']}")
     return {tag: "<br>".join(parts) for tag, parts in texts.items()}
 
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+from tqdm import tqdm
 
 import ppo
+import ppo_continuous
 
+SCRIPTS = [ppo, ppo_continuous]
 SMALL = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
 
 
@@ -52,9 +55,18 @@ ODD_ENVS = {
     "test/TupleObs-v0": {"observations": Tuple([SPACE, SPACE])},
     "test/MultiDiscreteActions-v0": {"actions": MultiDiscrete([2, 3])},
     "test/Broken-v0": {"broken": True},
+    "test/OddBox-v0": {"actions": SPACE},
+    "test/DictObsBox-v0": {"actions": SPACE, "observations": Dict(position=SPACE)},
+    "test/TupleObsBox-v0": {"actions": SPACE, "observations": Tuple([SPACE, SPACE])},
+    "test/IntegerBox-v0": {"actions": Box(0, 5, (2,), np.int64)},
+    "test/UnboundedBox-v0": {"actions": Box(-np.inf, np.inf, (2,), np.float32)},
+    "test/HalfBoundedBox-v0": {"actions": Box(np.float32([-1, -1]), np.float32([1, np.inf]))},
+    "test/TwoActions-v0": {"actions": Box(-1, 1, (2,), np.float32)},
+    "test/WideBox-v0": {"actions": SPACE, "observations": Box(-1, 1, (4,), np.float32)},
 }
 for env_id, kwargs in ODD_ENVS.items():
     gym.register(env_id, OddEnv, kwargs=kwargs, disable_env_checker=True)
+FITTING = {ppo: "test/Odd-v0", ppo_continuous: "test/OddBox-v0"}  # what each script can learn in
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -63,29 +75,32 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def refusal(argv: list[str], capsys) -> str:
-    """Runs the script with arguments that it must refuse; returns what it says."""
+def refusal(argv: list[str], capfd, script=ppo) -> str:
+    """Runs a script with arguments that it must refuse; returns what it says."""
     before = listing(Path.cwd())
-    capsys.readouterr()
+    capfd.readouterr()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        code = ppo.main(argv)
-    output = capsys.readouterr()
+        code = script.main(argv)
+    output = capfd.readouterr()
     assert code == 2
     lines = output.err.splitlines()
     assert len(lines) == 1, output.err
     # Outside of pytest these would be more lines; Python does not show deprecations of other people's modules.
     assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []
-    assert lines[0].startswith("ppo.py: error: ")
+    assert lines[0].startswith(f"{script.SCRIPT}.py: error: ")
     assert output.out == ""
     assert listing(Path.cwd()) == before
-    return lines[0].removeprefix("ppo.py: error: ")
+    return lines[0].removeprefix(f"{script.SCRIPT}.py: error: ")
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
-    """Every test works in a folder of its own."""
+    """Every test works in a folder of its own, and leaves no progress bar to others, even when the script crashes."""
     monkeypatch.chdir(tmp_path)
+    yield
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()
 
 
 BAD_FLAGS = {
@@ -139,25 +154,88 @@ BAD_FLAGS["nan max-grad-norm"] = ("--max-grad-norm nan", "--max-grad-norm must b
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(case, capsys):
+def test_bad_flags(case, capfd):
     flags, fragment = BAD_FLAGS[case]
-    assert fragment in refusal(flags.split(" "), capsys)
+    assert fragment in refusal(flags.split(" "), capfd)
 
 
-def test_the_script_itself():
+# What both scripts have in the same lines (test_same_lines.py) needs no second look; this is a sample of it.
+SHARED_FLAGS = [
+    "close environment id", "unknown environment version", "missing environment module", "constructor that raises",
+    "environment arguments as a list", "unknown environment argument", "close flag", "text for an int", "0 num-envs",
+    "value for a switch", "unequal minibatches", "nan gamma", "resume of nothing", "evaluation of nothing",
+]  # fmt: skip
+POOL = "--env-backend envpool --env-id"
+BAD_CONTINUOUS_FLAGS = {name: BAD_FLAGS[name] for name in SHARED_FLAGS} | {
+    "no whole rollout": ("--total-timesteps 2047", "2047 is below one rollout of 2048 steps"),
+    "Discrete actions": ("--env-id CartPole-v1", "Box actions of floating-point numbers, not Discrete(2)"),
+    "MultiDiscrete actions": ("--env-id test/MultiDiscreteActions-v0", "floating-point numbers, not MultiDiscrete"),
+    "integer Box actions": ("--env-id test/IntegerBox-v0", "floating-point numbers, not Box(0, 5, (2,), int64)"),
+    "Dict observations": ("--env-id test/DictObsBox-v0", "Box or Discrete observations, not Dict"),
+    "Tuple observations": ("--env-id test/TupleObsBox-v0", "Box or Discrete observations, not Tuple"),
+    "squashed actions without bounds": ("--squash-action --env-id test/UnboundedBox-v0", "needs actions with bounds"),
+    "squashed actions with a bound": ("--squash-action --env-id test/HalfBoundedBox-v0", "needs actions with bounds"),
+    "unknown backend": ("--env-backend brax", "--env-backend must be gymnasium or envpool, not brax"),
+    "empty backend": ("--env-backend=", "--env-backend must be gymnasium or envpool"),
+    "close id of EnvPool": (f"{POOL} HalfCheeta-v4", "did you mean HalfCheetah-v4"),
+    "unknown id of EnvPool": (f"{POOL} Zork-v0", "EnvPool has no Zork-v0"),
+    "environment that EnvPool does not have": (f"{POOL} test/OddBox-v0", "EnvPool has no test/OddBox-v0"),
+    "unknown argument of EnvPool": (f'{POOL} Pendulum-v1 --env-kwargs {{"wind":3}}', "wind"),
+    "argument of the wrong type for EnvPool": (f'{POOL} Pendulum-v1 --env-kwargs {{"max_episode_steps":"a"}}', '"a"'),
+    "arguments of EnvPool as a list": (f"{POOL} Pendulum-v1 --env-kwargs [3]", "--env-kwargs [3]"),
+    "arguments of EnvPool that are no JSON": (f"{POOL} Pendulum-v1 --env-kwargs {{a", "--env-kwargs {a"),
+    "Discrete actions of EnvPool": (f"{POOL} Catch-v0", "Box actions of floating-point numbers, not Discrete(3)"),
+    "Dict observations of EnvPool": (f"{POOL} CartpoleSwingup-v1", "Box or Discrete observations, not Dict"),
+    "videos of EnvPool": (f"{POOL} Pendulum-v1 --capture-video", "EnvPool cannot record videos"),
+    "seed too large for EnvPool": (f"{POOL} Pendulum-v1 --seed 2147483648", "int32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONTINUOUS_FLAGS)
+def test_bad_flags_of_ppo_continuous(case, capfd):
+    if "EnvPool" in case:
+        pytest.importorskip("envpool")  # exists for Linux only
+    flags, fragment = BAD_CONTINUOUS_FLAGS[case]
+    assert fragment in refusal(flags.split(" "), capfd, ppo_continuous)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "fragment"),
+    [(ppo, "--env-id CartPol-v1", "CartPole"), (ppo_continuous, f"{POOL} HalfCheeta-v4", "HalfCheetah-v4")],
+)
+def test_the_script_itself(script, flags, fragment):
     """Also with all that Python prints of itself it is one line, and the exit code is the shell's."""
-    words = [sys.executable, ppo.__file__, "--env-id", "CartPol-v1"]
+    if "envpool" in flags:
+        pytest.importorskip("envpool")  # exists for Linux only
+    words = [sys.executable, script.__file__, *flags.split(" ")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"ppo\.py: error: .*CartPole.*\n", done.stderr)
+    assert re.fullmatch(rf"{script.SCRIPT}\.py: error: .*{fragment}.*\n", done.stderr)
 
 
-def test_runs_is_a_file(capsys):
+@pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision lowered")  # gymnasium's, about EnvPool's spaces
+def test_without_envpool(capfd, monkeypatch):
+    """Where EnvPool is not installed the run goes on with gymnasium and says so, in one line."""
+    monkeypatch.setitem(sys.modules, "envpool", None)  # makes its import fail
+    flags = ["--env-backend", "envpool", "--env-id", "Pendulum-v1", "--total-timesteps", "64"]
+    assert ppo_continuous.main([*flags, *SMALL]) == 0
+    output = capfd.readouterr()
+    lines = [line for line in map(str.strip, output.err.splitlines()) if line and not line.startswith("Pendulum-v1: ")]
+    assert lines == ["EnvPool is not installed (it exists for Linux only); using gymnasium"]
+    (path,) = Path("runs").iterdir()
+    assert output.out.startswith(f"{path}: 64 steps")
+    assert ppo_continuous.main(["--evaluate", str(path), "--eval-episodes", "1"]) == 0
+    output = capfd.readouterr()
+    assert output.err == "EnvPool is not installed (it exists for Linux only); using gymnasium\n"
+    assert output.out.startswith("Pendulum-v1: return -")
+
+
+def test_runs_is_a_file(capfd):
     Path("runs").write_text("not a directory")
-    assert "runs" in refusal(["--total-timesteps", "512"], capsys)
+    assert "runs" in refusal(["--total-timesteps", "512"], capfd)
 
 
-def test_track_without_a_key(capsys, monkeypatch, tmp_path_factory):
+def test_track_without_a_key(capfd, monkeypatch, tmp_path_factory):
     """Weights & Biases refuses at once, without the network, if there is no key and nobody to ask for one."""
     import wandb
 
@@ -166,10 +244,10 @@ def test_track_without_a_key(capsys, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    assert "--track: No API key configured" in refusal(["--total-timesteps", "512", "--track"], capsys)
+    assert "--track: No API key configured" in refusal(["--total-timesteps", "512", "--track"], capfd)
 
 
-def test_track_refused_in_many_lines(capsys, monkeypatch):
+def test_track_refused_in_many_lines(capfd, monkeypatch):
     """Whatever Weights & Biases complains about becomes one line; a run that was to be resumed stays as it was."""
     import wandb
 
@@ -179,13 +257,14 @@ def test_track_refused_in_many_lines(capsys, monkeypatch):
     monkeypatch.setattr(wandb, "init", refuse)
     flags = ["--track", "--wandb-entity", "nobody"]
     path = small_run()
-    assert refusal([*SMALL, *flags], capsys) == "--track: entity nobody not found"
-    assert refusal(["--resume", str(path), *flags], capsys) == "--track: entity nobody not found"
+    assert refusal([*SMALL, *flags], capfd) == "--track: entity nobody not found"
+    assert refusal(["--resume", str(path), *flags], capfd) == "--track: entity nobody not found"
 
 
-def small_run() -> Path:
+def small_run(script=ppo) -> Path:
     """A finished run of two updates."""
-    return Path(ppo.train(ppo.Args(env_id="test/Odd-v0", num_envs=2, num_steps=16, total_timesteps=64))["run_dir"])
+    sizes = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 64}
+    return Path(script.train(script.Args(env_id=FITTING[script], **sizes))["run_dir"])
 
 
 class Bomb:
@@ -256,13 +335,31 @@ def zipped_pickle_bomb(path):
 
 def another_shape(path):
     state = torch.load(path / "checkpoint.pt", weights_only=True)
-    state["agent"] = {name: torch.zeros(5, *tensor.shape) for name, tensor in state["agent"].items()}
+    weights = {name: tensor for name, tensor in state["agent"].items() if name != "_extra_state"}
+    state["agent"] |= {name: torch.zeros(5, *tensor.shape) for name, tensor in weights.items()}
     torch.save(state, path / "checkpoint.pt")
 
 
 def another_network(path):
     state = torch.load(path / "checkpoint.pt", weights_only=True)
     torch.save(state | {"agent": torch.nn.Linear(3, 2).state_dict()}, path / "checkpoint.pt")
+
+
+def changed_statistics(change):
+    """The damage that change does to the saved running statistics {"obs": ..., "returns": ...} of an agent."""
+
+    def damage(path):
+        state = torch.load(path / "checkpoint.pt", weights_only=True)
+        change(state["agent"]["_extra_state"])
+        torch.save(state, path / "checkpoint.pt")
+
+    return damage
+
+
+def no_statistics(path):
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    del state["agent"]["_extra_state"]
+    torch.save(state, path / "checkpoint.pt")
 
 
 DAMAGES = {
@@ -287,11 +384,57 @@ DAMAGES = {
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_run_directories(damage, flag, capsys):
+def test_damaged_run_directories(damage, flag, capfd):
     path = small_run()
     damage(path)
-    assert DAMAGES[damage] in refusal([flag, str(path)], capsys)
+    assert DAMAGES[damage] in refusal([flag, str(path)], capfd)
     assert not Path("exploded").exists()
+
+
+CONTINUOUS_DAMAGES = {
+    "setting of the wrong type": config_with_wrong_type,
+    "half a checkpoint": truncated_checkpoint,
+    "weights of another shape": another_shape,
+    "pickle bomb": zipped_pickle_bomb,
+    "no statistics": no_statistics,
+    "pickle bomb as statistics": changed_statistics(lambda stats: stats.update(obs=Bomb())),
+    "no statistics of the observations": changed_statistics(lambda stats: stats.pop("obs")),
+    "no statistics of the returns": changed_statistics(lambda stats: stats.pop("returns")),
+    "no mean": changed_statistics(lambda stats: stats["obs"].pop("mean")),
+    "no variance": changed_statistics(lambda stats: stats["returns"].pop("var")),
+    "no count": changed_statistics(lambda stats: stats["obs"].pop("count")),
+    "mean of another size": changed_statistics(lambda stats: stats["obs"].update(mean=torch.zeros(5))),
+    "variance of one number": changed_statistics(lambda stats: stats["obs"].update(var=torch.ones(()))),
+    "count for each component": changed_statistics(lambda stats: stats["obs"].update(count=torch.ones(3))),
+    "returns with components": changed_statistics(lambda stats: stats["returns"].update(var=torch.ones(2))),
+    "text as a mean": changed_statistics(lambda stats: stats["obs"].update(mean="0")),
+}
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("damage", CONTINUOUS_DAMAGES)
+def test_damaged_run_directories_of_ppo_continuous(damage, flag, capfd):
+    path = small_run(ppo_continuous)
+    CONTINUOUS_DAMAGES[damage](path)
+    problem = "is not a run directory" if damage == "setting of the wrong type" else "cannot use "
+    assert problem in refusal([flag, str(path)], capfd, ppo_continuous)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("env_id", ["test/TwoActions-v0", "test/WideBox-v0"])
+def test_checkpoint_of_another_environment(env_id, flag, capfd):
+    """Actions or observations of another size: the network does not fit."""
+    path = small_run(ppo_continuous)
+    assert "checkpoint.pt" in refusal([flag, str(path), "--env-id", env_id], capfd, ppo_continuous)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_directory_of_the_other_script(script, flag, capfd):
+    (other,) = set(SCRIPTS) - {script}
+    path = small_run(other)
+    assert refusal([flag, str(path)], capfd, script)
 
 
 def test_the_bomb_works():
@@ -300,11 +443,12 @@ def test_the_bomb_works():
     assert Path("exploded").exists()
 
 
-def test_moments_of_another_shape(capsys):
-    path = small_run()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_moments_of_another_shape(script, capfd):
+    path = small_run(script)
     state = torch.load(path / "checkpoint.pt", weights_only=True)
     torch.save(state | {"moment1": torch.zeros(7)}, path / "checkpoint.pt")
-    assert "checkpoint.pt" in refusal(["--resume", str(path)], capsys)
+    assert "checkpoint.pt" in refusal(["--resume", str(path)], capfd, script)
 
 
 BAD_NUMBERS = {
@@ -314,27 +458,31 @@ BAD_NUMBERS = {
 }
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("case", BAD_NUMBERS)
-def test_numbers_that_break_the_training(case, capsys, recwarn):
+def test_numbers_that_break_the_training(case, script, capfd, recwarn):
     """The environments go wrong in their 85th step, in update 6: what was saved after update 4 stays."""
-    env_kwargs = json.dumps(BAD_NUMBERS[case] | {"bad_step": 85})
-    argv = ["--env-id", "test/Odd-v0", "--env-kwargs", env_kwargs, *SMALL, "--total-timesteps", "320"]
-    assert ppo.main([*argv, "--checkpoint-interval", "2"]) == 1
-    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if line.strip()]
-    errors = [line for line in lines if not line.startswith("test/Odd-v0: ")]  # the others show progress
+    env_id, env_kwargs = FITTING[script], json.dumps(BAD_NUMBERS[case] | {"bad_step": 85})
+    argv = ["--env-id", env_id, "--env-kwargs", env_kwargs, *SMALL, "--total-timesteps", "320"]
+    assert script.main([*argv, "--checkpoint-interval", "2"]) == 1
+    lines = [line.strip() for line in capfd.readouterr().err.splitlines() if line.strip()]
+    errors = [line for line in lines if not line.startswith(f"{env_id}: ")]  # the others show progress
     (path,) = Path("runs").iterdir()
-    assert errors == [f"ppo.py: error: update 6 is not finite; {path} keeps the last checkpoint"]
+    assert errors == [f"{script.SCRIPT}.py: error: update 6 is not finite; {path} keeps the last checkpoint"]
     state = torch.load(path / "checkpoint.pt", weights_only=True)
     assert state["update"] == 4
+    statistics = state["agent"].pop("_extra_state", {})
     tensors = [*state["agent"].values(), state["moment1"], state["moment2"]]
-    assert len(tensors) == 14
+    tensors += [tensor for stats in statistics.values() for tensor in stats.values()]
+    assert len(tensors) == 14 + (1 + 6 if statistics else 0)  # log_std, and mean, variance and count of two statistics
+    assert bool(statistics) == (script is ppo_continuous)
     assert all(tensor.isfinite().all() for tensor in tensors)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert max(row["global_step"] for row in rows) == 5 * 32
     # The checkpoint is not only readable but of use: other environments can go on from there.
-    assert ppo.main(["--resume", str(path), "--env-kwargs", "{}"]) == 0
+    assert script.main(["--resume", str(path), "--env-kwargs", "{}"]) == 0
 
 
-def test_resume_cannot_change_the_size_of_a_rollout(capsys):
+def test_resume_cannot_change_the_size_of_a_rollout(capfd):
     path = small_run()
-    assert "cannot change with --resume" in refusal(["--resume", str(path), "--num-envs", "8"], capsys)
+    assert "cannot change with --resume" in refusal(["--resume", str(path), "--num-envs", "8"], capfd)

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 
 import ppo
+import ppo_continuous
 
+ARGS = (ppo.Args, ppo_continuous.Args)
 spec = importlib.util.spec_from_file_location("index_details", ROOT / "docs/index_details.py")
 index_details = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(index_details)
@@ -28,12 +30,14 @@ def test_every_tag_is_indexed_and_every_indexed_detail_is_in_the_code():
         assert index_details.where(tag), f"{tag} is only in a flag's help"
 
 
-def test_all_13_core_details_are_there():
-    assert {f"core-{n}" for n in range(1, 14)} <= set(index_details.DETAILS)
+def test_all_details_are_there():
+    for script, tags in (("ppo.py", ["core"]), ("ppo_continuous.py", ["core", "continuous"])):
+        expected = {f"{tag}-{n}" for tag in tags for n in range(1, {"core": 14, "continuous": 10}[tag])}
+        assert expected <= set(TAG.findall((ROOT / script).read_text()))
 
 
 def test_indexed_flags_and_tests_exist():
-    names = {field.name for field in fields(ppo.Args)}
+    names = {field.name for args in ARGS for field in fields(args)}
     for title, flags, test in index_details.DETAILS.values():
         for flag in flags.split():
             name = flag.removeprefix("--").replace("-", "_")
@@ -54,21 +58,23 @@ def test_inline_dependencies_are_those_of_requirements(script):
     metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
     assert metadata["dependencies"] and set(metadata["dependencies"]) <= set(requirements())
     named = {re.split(r"[\[=]", line)[0] for line in metadata["dependencies"]}
-    imported = set(re.findall(r"(?m)^\s*(?:import|from) (gymnasium|numpy|torch|tqdm|tyro|wandb|scipy|matplotlib)",
-                              (ROOT / script).read_text()))  # fmt: skip
+    libraries = "envpool|gymnasium|numpy|torch|tqdm|tyro|wandb|scipy|matplotlib"
+    imported = set(re.findall(rf"(?m)^\s*(?:import|from) ({libraries})", (ROOT / script).read_text()))
     assert imported <= named
 
 
 def test_requirements_are_pinned():
-    assert all(re.fullmatch(r"[\w.\[\]-]+==[\w.]+", line) for line in requirements())
+    assert all(re.fullmatch(r"[\w.\[\]-]+==[\w.]+(; sys_platform == 'linux')?", line) for line in requirements())
 
 
 def test_flags_have_help_and_readme_commands_exist():
-    source = (ROOT / "ppo.py").read_text()
-    for field in fields(ppo.Args):
-        assert re.search(rf"(?m)^    {field.name}: .+ = .+  # \w.+$", source), field.name
+    known = {"peer", "seconds", "rounds", "output", "workers", "help", "script", "batch_size"}
+    for script, args in zip(index_details.SCRIPTS, ARGS, strict=True):
+        source = (ROOT / script).read_text()
+        for field in fields(args):
+            assert re.search(rf"(?m)^    {field.name}: .+ = .+  # \w.+$", source), field.name
+            known.add(field.name)
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", (ROOT / "README.md").read_text())):
-        known = {field.name for field in fields(ppo.Args)} | {"peer", "seconds", "rounds", "output", "workers", "help"}
         assert flag.replace("-", "_").removeprefix("no_") in known, flag
 
 

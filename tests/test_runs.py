@@ -22,8 +22,10 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 import ppo
+import ppo_continuous
 
 SCRIPT = Path(ppo.__file__).resolve()
+BOTH = pytest.mark.parametrize("script", [ppo, ppo_continuous])
 BATCH = 64  # samples in one rollout of a small run
 EPISODE = {"global_step", "wall_time", "charts/episodic_return", "charts/episodic_length"}
 UPDATE = {
@@ -74,8 +76,49 @@ class BrokenRendererEnv(PickyEnv):
         return np.zeros((64, 64, 3), np.uint8)
 
 
+class PickyBoxEnv(PickyEnv):
+    """The same with actions of shape [2, 2], all with bounds of their own, in double precision."""
+
+    taken: list = []
+
+    def __init__(self, images=False):
+        super().__init__(images)
+        low = np.array([[-1, 2], [30, -400]], float)
+        self.action_space = Box(low, low + np.array([[2, 1], [10, 100]]), dtype=np.float64)
+
+    def step(self, action):
+        """Goes on for eight steps, with a reward of 1000 in each."""
+        assert self.action_space.contains(action) and action.dtype == self.action_space.dtype, action
+        self.taken.append(action.copy())
+        self.length += 1
+        return self.observation_space.sample(), 1000.0, self.length == 8, False, {}
+
+
+class EchoEnv(gym.Env):
+    """Shows the same eight observations in every episode, and a ninth at its end; the reward is the action."""
+
+    shown = 3 + np.sin(np.arange(9 * 2).reshape(9, 2) ** 2).astype(np.float32)
+
+    def __init__(self):
+        self.observation_space = Box(2, 4, (2,), np.float32)
+        self.action_space = Box(-3, 3, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        """Starts the next episode."""
+        super().reset(seed=seed)
+        self.length = 0
+        return self.shown[0], {}
+
+    def step(self, action):
+        """Goes on for eight steps."""
+        self.length += 1
+        return self.shown[self.length], float(action[0]), self.length == 8, False, {}
+
+
 gym.register("test/Picky-v0", PickyEnv)
 gym.register("test/BrokenRenderer-v0", BrokenRendererEnv)
+gym.register("test/PickyBox-v0", PickyBoxEnv)
+gym.register("test/Echo-v0", EchoEnv)
 
 
 @pytest.fixture(autouse=True)
@@ -88,13 +131,19 @@ def in_empty_folder(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def small(updates: int, **settings) -> ppo.Args:
-    """Settings of a short run, with updates of 64 samples."""
+def small(updates: int, script=ppo, **settings):
+    """Settings of a short run of CartPole or, by ppo_continuous.py, of Pendulum, with updates of 64 samples."""
     sizes = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 2}
-    return ppo.Args(**(sizes | {"total_timesteps": updates * BATCH} | settings))
+    sizes |= {"env_id": "Pendulum-v1"} if script is ppo_continuous else {}
+    return script.Args(**(sizes | {"total_timesteps": updates * BATCH} | settings))
 
 
-def flags(args: ppo.Args) -> list[str]:
+def script_of(args):
+    """The script whose settings these are."""
+    return sys.modules[type(args).__module__]
+
+
+def flags(args) -> list[str]:
     """The command line that gives these settings."""
     words = []
     for name, value in asdict(args).items():
@@ -106,9 +155,9 @@ def flags(args: ppo.Args) -> list[str]:
     return words
 
 
-def train(args: ppo.Args) -> Path:
+def train(args) -> Path:
     """Trains and returns the run directory."""
-    return Path(ppo.train(args)["run_dir"])
+    return Path(script_of(args).train(args)["run_dir"])
 
 
 def metrics(path: Path) -> list[dict]:
@@ -124,6 +173,24 @@ def update_steps(path: Path) -> list[int]:
 def checkpoint(path: Path) -> dict:
     """What checkpoint.pt holds."""
     return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def tensors(state: dict) -> dict[str, torch.Tensor]:
+    """The tensors in an agent's state, also those of its running statistics, by name."""
+    found = {}
+    for name, value in state.items():
+        inner = tensors(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name}/{key}": tensor for key, tensor in inner.items()}
+    return found
+
+
+def assert_same_agent(state: dict, other: dict) -> None:
+    """Two states of an agent are equal to the last bit."""
+    state, other = tensors(state), tensors(other)
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -188,22 +255,44 @@ def test_what_is_not_a_number_becomes_null(monkeypatch, value):
     assert rows and all(row["odd"] is None for row in rows)
 
 
-def test_seeds():
+def test_metrics_are_in_the_units_of_the_environment():
+    """ppo_continuous.py normalizes rewards, but logs, prints and plays with those of the environment."""
+    path = train(small(3, ppo_continuous, env_id="test/PickyBox-v0"))
+    rows = metrics(path)
+    assert {frozenset(row) for row in rows} == {frozenset(EPISODE), frozenset(UPDATE)}
+    episodes = [row for row in rows if row.keys() == EPISODE]
+    assert [row["global_step"] for row in episodes] == [16 * (n // 2) for n in range(2, 26)]
+    assert {(row["charts/episodic_return"], row["charts/episodic_length"]) for row in episodes} == {(8000, 8)}
+    assert list(checkpoint(path)["returns"]) == [8000] * 24
+    for row in rows:
+        if row.keys() == UPDATE:
+            assert row["losses/entropy"] == pytest.approx(4 * 0.5 * math.log(2 * math.pi * math.e), abs=0.05)
+
+
+SEEDED = [(ppo, {}), (ppo_continuous, {}), (ppo_continuous, {"env_backend": "envpool"})]
+
+
+@pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision lowered")  # gymnasium's, about EnvPool's spaces
+@pytest.mark.parametrize(("script", "settings"), SEEDED)
+def test_seeds(script, settings):
     """The same seed gives the same run to the last bit, another seed another run."""
-    first, again, other = (train(small(6, seed=seed, runs_dir=name)) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
+    if settings:
+        pytest.importorskip("envpool")  # exists for Linux only
+    seeds = ((1, "a"), (1, "b"), (2, "c"))
+    first, again, other = (train(small(8, script, seed=seed, runs_dir=name, **settings)) for seed, name in seeds)
+    assert any(row.keys() == EPISODE for row in metrics(first))
     assert without_clock(first) == without_clock(again)
     assert without_clock(first) != without_clock(other)
     states = [checkpoint(path) for path in (first, again, other)]
-    for name, tensor in states[0]["agent"].items():
-        assert torch.equal(tensor, states[1]["agent"][name])
+    assert_same_agent(states[0]["agent"], states[1]["agent"])
     assert not torch.equal(states[0]["moment1"], states[2]["moment1"])
 
 
 class Background:
     """The script in a process of its own."""
 
-    def __init__(self, args: ppo.Args):
-        command = [sys.executable, str(SCRIPT), *flags(args)]
+    def __init__(self, args):
+        command = [sys.executable, script_of(args).__file__, *flags(args)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def wait_for_update(self, number: int) -> Path:
@@ -223,9 +312,11 @@ class Background:
         return self.process.returncode, out, err
 
 
-def test_kill_and_resume():
+@BOTH
+def test_kill_and_resume(script):
     """A run killed at any moment goes on from its last checkpoint and ends as long as it was meant to be."""
-    background = Background(small(300, checkpoint_interval=5))
+    args = small(300, script, checkpoint_interval=5)
+    background = Background(args)
     path = background.wait_for_update(13)
     code, _, _ = background.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -235,15 +326,21 @@ def test_kill_and_resume():
     assert 0 <= reached - saved <= 5
     assert reached < 300  # killed in the middle
     before = (path / "metrics.jsonl").read_bytes()[: checkpoint(path)["metrics_bytes"]]
-    assert ppo.main(["--resume", str(path)]) == 0
+    assert script.main(["--resume", str(path)]) == 0
     assert (path / "metrics.jsonl").read_bytes().startswith(before)
     assert update_steps(path) == list(range(1, 301))
     rows = metrics(path)
     for key in ("global_step", "wall_time"):
         assert all(earlier[key] <= later[key] for earlier, later in zip(rows, rows[1:]))
-    assert rows[-1]["charts/learning_rate"] == pytest.approx(2.5e-4 / 300)
+    assert rows[-1]["charts/learning_rate"] == pytest.approx(args.learning_rate / 300)
     assert checkpoint(path)["update"] == 300
     assert checkpoint(path)["gradient_steps"] == 300 * 4
+    if script is ppo_continuous:
+        # Each observation and each reward of the logged updates is in the statistics once; the observations after the
+        # two restarts of both environments are there too.
+        counts = {key: stats["count"] for key, stats in checkpoint(path)["agent"]["_extra_state"].items()}
+        assert counts["obs"].item() == pytest.approx(1e-4 + 300 * BATCH + 2 * 2, abs=1e-5)
+        assert counts["returns"].item() == pytest.approx(1e-4 + 300 * BATCH, abs=1e-5)
 
 
 class Killed(BaseException):
@@ -282,18 +379,41 @@ def test_killed_again_and_again(monkeypatch, updates_between_kills):
     assert sum(row.get("charts/episodic_length", 0) for row in metrics(path)) <= 12 * BATCH
 
 
-def test_resuming_a_finished_run_changes_nothing(capsys):
-    path = train(small(3))
+@BOTH
+def test_killed_before_the_first_checkpoint(script, monkeypatch):
+    """Then all is done again, and to the last bit as if nothing had happened."""
+    whole = train(small(8, script, runs_dir="whole"))
+    original = script.Run.end_update
+
+    def end_update(run, rollout, values):
+        original(run, rollout, values)
+        if run.update == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "end_update", end_update)
+        with pytest.raises(Killed):
+            script.train(small(8, script, runs_dir="killed"))
+    (path,) = Path("killed").iterdir()
+    assert checkpoint(path)["update"] == 0
+    assert update_steps(path) == [1, 2, 3]
+    assert script.main(["--resume", str(path)]) == 0
+    assert without_clock(path) == without_clock(whole)
+    assert_same_agent(checkpoint(path)["agent"], checkpoint(whole)["agent"])
+
+
+@BOTH
+def test_resuming_a_finished_run_changes_nothing(script, capsys):
+    path = train(small(3, script))
     before, state = files(path), checkpoint(path)
     capsys.readouterr()
-    assert ppo.main(["--resume", str(path)]) == 0
+    assert script.main(["--resume", str(path)]) == 0
     assert f"{path}: 192 steps, mean return " in capsys.readouterr().out
     after = files(path)
     assert after.keys() == before.keys()
     assert after["metrics.jsonl"] == before["metrics.jsonl"]
     assert after["config.json"] == before["config.json"]
-    for name, tensor in state["agent"].items():
-        assert torch.equal(tensor, checkpoint(path)["agent"][name])
+    assert_same_agent(checkpoint(path)["agent"], state["agent"])
 
 
 def test_resume_with_more_steps():
@@ -320,20 +440,33 @@ def test_resume_in_another_place(tmp_path):
     assert json.loads((tmp_path / "elsewhere" / "config.json").read_text()) == expected
 
 
-def test_resume_restores_everything():
-    """Weights, Adam's moments and steps, counters, recent returns and the random numbers, exactly."""
-    args = small(7, checkpoint_interval=3)
-    path = train(args)
+@BOTH
+def test_resume_restores_everything(script, monkeypatch):
+    """Weights, running statistics, Adam's moments and steps, counters, recent returns and random numbers, exactly."""
+    args, trained = small(7, script, checkpoint_interval=3), []
+    close = script.Run.close
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "close", lambda run: trained.append(run.agent) or close(run))
+        path = train(args)
     rng = torch.get_rng_state()  # train() has drawn its last number
     state = checkpoint(path)
     torch.manual_seed(12345)
-    agent = ppo.Agent(Box(-1, 1, (4,)), Discrete(2), args)
-    adam = ppo.Adam(agent)
-    run = ppo.Run(ppo.replace(args, resume=str(path)), agent, adam)
+    spaces = (Box(-1, 1, (4,)), Discrete(2)) if script is ppo else (Box(-1, 1, (3,)), Box(-2, 2, (1,)))
+    agent = script.Agent(*spaces, args)
+    adam = script.Adam(agent)
+    run = script.Run(script.replace(args, resume=str(path)), agent, adam)
+    run.save()
     run.close()
     assert torch.equal(torch.get_rng_state(), rng)
-    for name, tensor in agent.state_dict().items():
-        assert torch.equal(tensor, state["agent"][name])
+    assert_same_agent(agent.state_dict(), state["agent"])
+    assert_same_agent(agent.state_dict(), checkpoint(path)["agent"])
+    for name in ("obs_stats", "return_stats") if script is ppo_continuous else ():
+        restored, original = vars(getattr(agent, name)), vars(getattr(trained[0], name))
+        assert restored.keys() == original.keys() == {"mean", "var", "count"}
+        for key, value in original.items():  # those of the run itself, of which the checkpoint is a copy
+            assert np.asarray(restored[key]).dtype == np.float64
+            assert np.array_equal(restored[key], value), (name, key)
+        assert original["count"] > 7 * BATCH
     assert torch.equal(adam.parameters, torch.cat([p.flatten() for p in agent.parameters()]))
     assert torch.equal(adam.moment1, state["moment1"])
     assert torch.equal(adam.moment2, state["moment2"])
@@ -344,10 +477,12 @@ def test_resume_restores_everything():
     assert run.seconds > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals(number):
+@pytest.mark.parametrize(
+    ("script", "number"), [(ppo, signal.SIGTERM), (ppo, signal.SIGINT), (ppo_continuous, signal.SIGTERM)]
+)
+def test_signals(script, number):
     """The update is finished, a checkpoint written, and what to do said; going on works."""
-    background = Background(small(3000, checkpoint_interval=1000))
+    background = Background(small(3000, script, checkpoint_interval=1000))
     path = background.wait_for_update(8)
     code, out, err = background.end(number)
     assert code == 0
@@ -358,9 +493,9 @@ def test_signals(number):
     assert checkpoint(path)["metrics_bytes"] == (path / "metrics.jsonl").stat().st_size
     lines = out.splitlines()
     assert lines[0].startswith(f"{path}: {stopped_at * BATCH} steps, mean return ")
-    assert lines[1:] == [f"stopped by a signal; go on with: python ppo.py --resume {path}"]
+    assert lines[1:] == [f"stopped by a signal; go on with: python {script.SCRIPT}.py --resume {path}"]
     more = str((stopped_at + 2) * BATCH)
-    assert ppo.main(["--resume", str(path), "--total-timesteps", more]) == 0
+    assert script.main(["--resume", str(path), "--total-timesteps", more]) == 0
     assert update_steps(path) == list(range(1, stopped_at + 3))
 
 
@@ -470,6 +605,74 @@ def test_evaluate_returns_what_it_prints(capsys):
     assert f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} over 5 episodes" in capsys.readouterr().out
 
 
+def policy_of(state: dict, obs: np.ndarray) -> np.ndarray:
+    """Means that the actor of a saved agent gives for normalized observations, computed here."""
+    x = obs.astype(np.float64)
+    for layer in range(3):
+        weight, bias = (state[f"actor.network.layers.{layer}.{name}"].double().numpy() for name in ("weight", "bias"))
+        x = x @ weight.T + bias
+        x = np.tanh(x) if layer < 2 else x
+    return x
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_evaluate_uses_the_statistics_of_the_training(norm_obs, capsys):
+    """Played with the saved mean and variance, which the played episodes do not change; without noise if asked for."""
+    path = train(small(5, ppo_continuous, env_id="test/Echo-v0", norm_obs=norm_obs))
+    state = checkpoint(path)
+    state["agent"]["actor.network.layers.2.weight"] *= 30  # actions that differ from one observation to the next
+    torch.save(state, path / "checkpoint.pt")
+    stats = {name: tensor.numpy() for name, tensor in state["agent"]["_extra_state"]["obs"].items()}
+    assert (stats["count"] > 5 * BATCH) == norm_obs
+    obs = EchoEnv.shown[:8]
+    normalized = (obs - stats["mean"]) / np.sqrt(stats["var"] + 1e-8) if norm_obs else obs
+    expected, unlike = (policy_of(state["agent"], x).clip(-3, 3).sum() for x in (normalized, obs - 3 * (not norm_obs)))
+    assert abs(expected - unlike) > 0.1  # unlike: normalized where it should not be, or the other way round
+    before = files(path)
+    capsys.readouterr()
+    args = small(5, ppo_continuous, env_id="test/Echo-v0", norm_obs=norm_obs, evaluate=str(path), eval_episodes=20)
+    returns = ppo_continuous.evaluate(ppo_continuous.replace(args, eval_deterministic=True))
+    assert returns == pytest.approx([expected] * 20, rel=1e-4)
+    said = set()
+    for seed in ("1", "1", "2"):
+        flags = ["--evaluate", str(path), "--eval-episodes", "20", "--seed", seed]
+        assert ppo_continuous.main(flags) == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        said.add(output.out.splitlines()[-1])
+    assert len(said) == 2  # the same seed, the same noise
+    for line in said:
+        mean, spread = re.fullmatch(r"test/Echo-v0: return (-?\d+\.\d) \+- (\d+\.\d) over 20 episodes", line).groups()
+        assert float(spread) > 0.5  # the sum of eight samples with a standard deviation of about 1, some clipped
+    assert files(path) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision lowered")  # gymnasium's, about EnvPool's spaces
+def test_envpool(capsys):
+    """A run with EnvPool goes on with EnvPool, and its agent plays there and in gymnasium."""
+    pytest.importorskip("envpool")  # exists for Linux only
+    path = train(small(14, ppo_continuous, env_backend="envpool"))
+    assert ppo_continuous.main(["--resume", str(path), "--total-timesteps", str(21 * BATCH)]) == 0
+    assert problems(capsys.readouterr().err) == []
+    assert update_steps(path) == list(range(1, 22))
+    episodes = [row for row in metrics(path) if row.keys() == EPISODE]
+    # Episodes of 200 steps, 400 of both environments: two of each before the resuming, and one after it.
+    assert [row["global_step"] for row in episodes] == [400, 400, 800, 800, 14 * BATCH + 400, 14 * BATCH + 400]
+    assert all(row["charts/episodic_length"] == 200 for row in episodes)
+    assert all(-200 * 16.3 < row["charts/episodic_return"] < 0 for row in episodes)  # no step costs more than 16.3
+    assert json.loads((path / "config.json").read_text())["env_backend"] == "envpool"
+    before = files(path)
+    for extra in ([], ["--env-backend", "gymnasium"]):
+        assert ppo_continuous.main(["--evaluate", str(path), "--eval-episodes", "2", *extra]) == 0
+        output = capsys.readouterr()
+        assert problems(output.err) == []
+        said = re.fullmatch(r"Pendulum-v1: return -(\d+\.\d) \+- \d+\.\d over 2 episodes\n", output.out)
+        assert 0 < float(said[1]) < 200 * 16.3
+    assert ppo_continuous.main(["--evaluate", str(path), "--capture-video"]) == 2
+    assert "EnvPool cannot record videos: add --env-backend gymnasium" in capsys.readouterr().err
+    assert files(path) == before
+
+
 def test_videos_of_the_training(capsys):
     path = train(small(3, capture_video=True))
     videos = sorted((path / "videos").iterdir())
@@ -479,19 +682,23 @@ def test_videos_of_the_training(capsys):
     assert update_steps(path) == [1, 2, 3]
 
 
-def test_recording_does_not_change_the_training():
-    plain, recorded = train(small(3, runs_dir="plain")), train(small(3, runs_dir="recorded", capture_video=True))
+@BOTH
+def test_recording_does_not_change_the_training(script):
+    plain, recorded = (train(small(3, script, runs_dir=str(on), capture_video=on)) for on in (False, True))
     assert without_clock(plain) == without_clock(recorded)
+    assert_same_agent(checkpoint(plain)["agent"], checkpoint(recorded)["agent"])
+    assert list((recorded / "videos").iterdir())
 
 
-def test_videos_of_the_evaluation(capsys):
-    path = train(small(2))
+@pytest.mark.parametrize(("script", "episodes"), [(ppo, 3), (ppo_continuous, 2)])
+def test_videos_of_the_evaluation(script, episodes, capsys):
+    path = train(small(2, script))
     before = files(path)
-    assert ppo.main(["--evaluate", str(path), "--eval-episodes", "3", "--capture-video"]) == 0
+    assert script.main(["--evaluate", str(path), "--eval-episodes", str(episodes), "--capture-video"]) == 0
     assert problems(capsys.readouterr().err) == []
     after = files(path)
     videos = after.keys() - before.keys()
-    assert len(videos) == 3
+    assert len(videos) == episodes
     assert all(name.startswith("videos/") and name.endswith(".mp4") and len(after[name]) > 1000 for name in videos)
     assert {name: after[name] for name in before} == before
 
@@ -546,14 +753,15 @@ def offline_records(path: Path):
             yield record
 
 
-def test_tracking(monkeypatch):
+@pytest.mark.parametrize(("script", "rows"), [(ppo, 40), (ppo_continuous, 20 + 6)])
+def test_tracking(script, rows, monkeypatch):
     """Offline, Weights & Biases gets the settings and the same numbers that metrics.jsonl has."""
     import wandb
 
     wandb.teardown()  # what other tests have set must not last
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    args = small(20, track=True, wandb_project_name="trials", ent_coef=0.02)
+    args = small(20, script, track=True, wandb_project_name="trials", ent_coef=0.02)
     path = train(args)
     wandb.teardown()
     (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
@@ -568,7 +776,7 @@ def test_tracking(monkeypatch):
             history.append({key: value for key, value in keys.items() if not key.startswith("_")})
     assert set(runs) == {(path.name, path.name, "trials")}
     assert {key: config[key] for key in asdict(args)} == asdict(args)
-    assert len(history) > 40
+    assert len(history) >= rows
     assert history == metrics(path)
 
 
@@ -597,6 +805,31 @@ def test_actions_that_do_not_start_at_0(env_kwargs, capsys):
     assert capsys.readouterr().out == "test/Picky-v0: return 8.0 +- 0.0 over 10 episodes\n"
 
 
+@pytest.mark.parametrize("flag", ["--clip-action", "--squash-action"])
+@pytest.mark.parametrize("env_kwargs", ["{}", '{"images": true}'])
+def test_actions_of_any_shape(flag, env_kwargs, capsys):
+    """The environment gets actions of its own shape, type and bounds; it checks that, in training and when playing."""
+    PickyBoxEnv.taken.clear()
+    args = small(3, ppo_continuous, env_id="test/PickyBox-v0", env_kwargs=env_kwargs)
+    assert ppo_continuous.main([*flags(args), flag]) == 0
+    (path,) = Path("runs").iterdir()
+    assert len(PickyBoxEnv.taken) == 3 * BATCH
+    taken = np.stack(PickyBoxEnv.taken)
+    space = PickyBoxEnv().action_space
+    at_a_bound = ((taken == space.low) | (taken == space.high)).mean()
+    assert at_a_bound > 0.3 if flag == "--clip-action" else at_a_bound == 0
+    spread = (taken - space.low).std(0) / (space.high - space.low).ravel().reshape(2, 2)
+    assert (spread > 0.1).all() if flag == "--squash-action" else spread[0, 0] > 0.1
+    state = checkpoint(path)["agent"]
+    assert state["actor.log_std"].shape == (4,)
+    assert state["actor.network.layers.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
+    PickyBoxEnv.taken.clear()
+    capsys.readouterr()
+    assert ppo_continuous.main(["--evaluate", str(path)]) == 0
+    assert len(PickyBoxEnv.taken) == 10 * 8
+    assert capsys.readouterr().out == "test/PickyBox-v0: return 8000.0 +- 0.0 over 10 episodes\n"
+
+
 def test_frozen_lake():
     path = train(small(3, env_id="FrozenLake-v1", env_kwargs='{"is_slippery": false}'))
     assert checkpoint(path)["agent"]["actor.layers.0.weight"].shape == (64, 16)
@@ -615,6 +848,17 @@ def test_help():
     for field in fields(ppo.Args):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", done.stdout), field.name
     assert not list(Path.cwd().iterdir())
+
+
+def test_help_of_ppo_continuous(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        ppo_continuous.main(["--help"])
+    assert not stop.value.code
+    output = capsys.readouterr()
+    assert output.err == ""
+    for field in fields(ppo_continuous.Args):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", output.out), field.name
 
 
 def test_copy_of_the_script(tmp_path):
