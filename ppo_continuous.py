@@ -170,7 +170,7 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Restarts all environments; EnvPool takes a seed only when environments are made."""
-        self.pool = self.make_pool(seed=seed) if seed is not None else self.pool
+        self.pool = self.make_pool(seed=seed % 2**31) if seed is not None else self.pool
         self.returns[:], self.lengths[:] = 0, 0
         return self.pool.reset()[0].reshape(self.num_envs, -1), {}
 
@@ -242,7 +242,7 @@ class RunningMeanStd:
 
     def __init__(self, shape: tuple[int, ...]):
         # [extra-31] A count of almost 0: the first values replace this mean and variance.
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 1e-4
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), np.float64(1e-4)
 
     def update(self, batch: np.ndarray) -> None:
         """Takes in values [N, *shape], all at once (Chan et al. 1979)."""
@@ -387,7 +387,8 @@ class Agent(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         """Puts back what get_extra_state returned."""
         for stats, saved in ((self.obs_stats, state["obs"]), (self.return_stats, state["returns"])):
-            vars(stats).update({key: value.numpy() for key, value in saved.items()})
+            for key, value in vars(stats).items():
+                setattr(stats, key, saved[key].numpy().reshape(np.shape(value)))
 
 
 def log_probabilities(policy: tuple[torch.Tensor, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
@@ -406,7 +407,7 @@ def environment_actions(actions: np.ndarray, action_space: Box, args: Args) -> n
     actions = actions.reshape(-1, *action_space.shape)
     if args.squash_action:  # the density's factor for tanh is the same for new and old policy, and leaves their ratio
         actions = low + (high - low) * (np.tanh(actions) + 1) / 2
-    elif args.clip_action:
+    if args.squash_action or args.clip_action:
         actions = np.minimum(np.maximum(np.where(np.isnan(actions), 0, actions), low), high)
     return actions.astype(action_space.dtype)
 
@@ -598,9 +599,9 @@ def train(args: Args) -> dict:
 
     # [extra-35] Environment i is seeded with this + i. A resumed run does not repeat its first episodes.
     next_obs, _ = envs.reset(seed=args.seed + run.first_step)
-    next_obs = normalize_obs(next_obs, agent.obs_stats, args)
-    discounted_returns = np.zeros(args.num_envs)
     run.save()
+    next_obs = normalize_obs(next_obs, agent.obs_stats, args, update=run.update < args.num_updates)
+    discounted_returns = np.zeros(args.num_envs)
     while run.update < args.num_updates and not run.stopped_by:
         # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
         remaining = 1 - run.update / args.num_updates

@@ -582,6 +582,22 @@ def test_continuous_7_both_bounds_and_only_with_normalization():
         np.testing.assert_allclose(ours, expected, rtol=1e-7)
 
 
+def tiny_variance(shape) -> ppo.RunningMeanStd:
+    """Statistics of mean 0 and variance 1e-8 over so many samples that some more hardly change them."""
+    stats = ppo.RunningMeanStd(shape)
+    stats.var, stats.count = np.full(shape, 1e-8), 1e12
+    return stats
+
+
+def test_extra_30_epsilon_stands_beside_the_variance():
+    """Under the root, so that it weighs as much as a standard deviation of 1e-4."""
+    obs, rewards = np.array([[3e-4]]), np.array([[3e-4]], np.float32)
+    expected = pytest.approx(3 / math.sqrt(2), rel=1e-4)
+    assert ppo.normalize_obs(obs, tiny_variance((1,)), ARGS).item() == expected
+    dones, returns = np.zeros((1, 1), bool), np.zeros(1)
+    assert ppo.normalize_rewards(rewards, dones, returns, tiny_variance(()), ARGS).item() == expected
+
+
 def test_extra_33_observations_are_normalized_in_float64():
     """A component that hardly varies around 1e6 keeps its digits, of which float32 has only seven."""
     stats = ppo.RunningMeanStd((1,))
