@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
+import textwrap
 import tomllib
 from dataclasses import fields
 
@@ -81,3 +84,13 @@ def test_flags_have_help_and_readme_commands_exist():
 def test_scripts_stay_within_120_columns():
     for script in index_details.SCRIPTS:
         assert max(map(len, (ROOT / script).read_text().splitlines())) <= 120
+
+
+def test_the_readmes_environment_can_be_trained(tmp_path):
+    """As the README says: a module in the working directory, the script anywhere."""
+    module = textwrap.dedent(re.search(r"(?s) *```python\n(.*?)```", (ROOT / "README.md").read_text()).group(1))
+    (tmp_path / "reach.py").write_text(module)
+    command = [sys.executable, ROOT / "ppo_continuous.py", "--env-id", "reach:Reach-v0", "--total-timesteps", "2048"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2048 steps, mean return -" in result.stdout
