@@ -746,7 +746,7 @@ def test_loaded_statistics_go_on_like_the_original():
     """In float64 for ever: a count of float32 would stop growing at 2^24 single steps."""
     agent, other = make_agent(), make_agent()
     agent.obs_stats.update(np.random.default_rng(0).normal(size=(1000, 3)))
-    agent.obs_stats.count = 2**24 + 1e-4
+    agent.obs_stats.count += 2**24
     agent.return_stats.update(np.arange(5.0))
     state = agent.state_dict()
     kept = copy.deepcopy(state["_extra_state"])
@@ -756,7 +756,7 @@ def test_loaded_statistics_go_on_like_the_original():
             one.obs_stats.update(np.ones((1, 3)))
             one.return_stats.update(np.ones(1))
     assert same(other.obs_stats, vars(agent.obs_stats)) and same(other.return_stats, vars(agent.return_stats))
-    assert agent.obs_stats.count == 2**24 + 3 + 1e-4
+    assert agent.obs_stats.count == pytest.approx(2**24 + 1003 + 1e-4, rel=1e-12)
     for which in kept:  # a state that was taken stays what it was
         assert all(torch.equal(state["_extra_state"][which][name], kept[which][name]) for name in kept[which])
 
