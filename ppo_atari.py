@@ -18,7 +18,8 @@
 Contains the 9 details for Atari and the 13 core details of "The 37 Implementation Details of PPO" (Huang et al., ICLR
 Blog Track 2022) as the official code (openai/baselines ppo2, commit ea25b9e) has them. A tag such as [atari-3] or
 [core-7] stands where that detail happens; [aux-N] are auxiliary details, [extra-N] behaviours of the official code that
-the article does not mention. docs/details.md lists them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
+the article does not mention. docs/details.md lists them all. The algorithm is by Schulman et al. 2017,
+arXiv:1707.06347.
 
     python ppo_atari.py --compile                               Breakout, 10,000,000 steps
     torchrun --nproc-per-node=2 ppo_atari.py --env-id Pong      the same with the work shared by two processes
@@ -31,6 +32,7 @@ import difflib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -254,7 +256,7 @@ class WarpFrame(gym.ObservationWrapper):
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """Gray first, then smaller. [extra-25]"""
-        # [atari-5] Colors and details matter little; an image of 7,056 bytes instead of 100,800 is faster to learn from.
+        # [atari-5] Colors and details matter little, and 7,056 bytes instead of 100,800 are faster to learn from.
         return cv2.resize(cv2.cvtColor(observation, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=self.interpolation)
 
 
@@ -320,7 +322,7 @@ def find_game(env_id: str) -> str:
         return name
     if (plain := re.sub(r"(Deterministic|NoFrameskip)?-v\d+$", "", name)) in games:
         raise InputError(f"{env_id} skips frames or repeats actions by itself, which this script does: use {plain}")
-    similar = " or ".join(difflib.get_close_matches(name.capitalize(), games) or [])
+    similar = " or ".join(difflib.get_close_matches(name.capitalize(), games))
     raise InputError(f"there is no Atari game {env_id}" + f"; did you mean {similar}?" * bool(similar))
 
 
@@ -330,10 +332,12 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
     Their observations are single frames [84, 84]; collect_rollout() stacks them.
     """
     game = find_game(args.env_id)
-    kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": args.max_game_frames}
-    kwargs |= json.loads(args.env_kwargs)
 
     def make_env(index: int) -> gym.Env:
+        if args.async_envs and multiprocessing.parent_process():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one shall act on it
+        kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": args.max_game_frames}
+        kwargs |= json.loads(args.env_kwargs)
         record = video_folder and index == 0
         env = gym.make(f"ALE/{game}-v5", render_mode="rgb_array" if record else None, **kwargs)
         env = MaxAndSkip(NoopReset(env, args.noop_max), args.frame_skip)
@@ -654,6 +658,8 @@ def train(args: Args) -> dict:
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
     run = Run(args, agent, adam)
+    if args.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        print("this processor has no instructions for bfloat16: --amp will be slower than without", file=sys.stderr)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.broadcast(adam.parameters, 0)
@@ -732,19 +738,17 @@ def train(args: Args) -> dict:
         names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
         losses = dict(zip(names, torch.stack(terms).mean(0).tolist()))
         losses |= policy_change(torch.stack(log_ratios), clip_coef)
-        losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
         losses = dict(zip(losses, average(torch.tensor(list(losses.values()), device=device)).tolist()))
-        explained_variance = losses.pop("losses/explained_variance")
         if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():
             run.close()
             raise FloatingPointError(f"update {run.update + 1} is not finite; {run.path} keeps the last checkpoint")
+        losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
         episodes, stopped = rollout.episodes, run.stopped_by is not None
         if WORLD_SIZE > 1:  # rank 0 logs the games of all; all stop after the same update
             ranks = [None] * WORLD_SIZE
             dist.all_gather_object(ranks, (episodes, stopped))
             episodes, stopped = sorted(sum((rank[0] for rank in ranks), [])), any(rank[1] for rank in ranks)
-        losses |= {"charts/learning_rate": learning_rate, "losses/explained_variance": explained_variance}
-        run.end_update(episodes, losses)
+        run.end_update(rollout._replace(episodes=episodes), {"charts/learning_rate": learning_rate} | losses)
 
     run.save()
     envs.close()
@@ -792,6 +796,8 @@ def check_args(args: Args) -> None:
                          f"be shared equally by {WORLD_SIZE} processes")  # fmt: skip
     if args.env_backend not in ("gymnasium", "envpool"):
         raise InputError(f"--env-backend must be gymnasium or envpool, not {args.env_backend}")
+    if args.env_backend == "envpool" and args.async_envs:
+        raise InputError("--async-envs is for --env-backend gymnasium; EnvPool's environments always run in parallel")
     if args.env_backend == "envpool" and args.capture_video:
         raise InputError("EnvPool cannot record videos: add --env-backend gymnasium")
     if args.compile and not args.evaluate and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -904,9 +910,9 @@ class Run:
         if self.wandb:
             self.wandb.log(row)
 
-    def end_update(self, episodes: list[tuple[int, float, int]], values: dict[str, float]) -> None:
+    def end_update(self, rollout: Rollout, values: dict[str, float]) -> None:
         """Logs an update and the episodes that ended in it, shows progress, and saves a checkpoint when it is time."""
-        for step, episodic_return, length in episodes:
+        for step, episodic_return, length in rollout.episodes:
             self.returns.append(episodic_return)
             global_step = self.update * self.args.batch_size + (step + 1) * self.args.num_envs
             self.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})

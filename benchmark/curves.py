@@ -3,6 +3,7 @@
     python -m benchmark.curves classic run      # ppo.py: 3 environments x 5 seeds, 500,000 steps each
     python -m benchmark.curves mujoco run       # ppo_continuous.py: 3 environments x 5 seeds, 1,000,000 steps each
     python -m benchmark.curves mujoco plot      # benchmark/results/mujoco.csv, docs/img/mujoco.png and the table
+    python -m benchmark.curves atari run --seeds 1 --workers 1 --flags='--compile --total-timesteps 2500000'
 
 `run` skips what is finished and resumes what was interrupted. A curve is the mean return of the last 100 episodes at
 the end of an update, as the official logger has it (eprewmean).
@@ -42,6 +43,8 @@ SUITES = {
         ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"),
         {"HalfCheetah-v4": (2149, 1166), "Hopper-v4": (2449, 596), "Walker2d-v4": (3142, 982)},
     ),
+    # The article's runs had 10,000,000 steps; no curve of the official code was recorded.
+    "atari": Suite("ppo_atari", ("Pong",), {"Pong": (20.6, 0.4)}),
 }
 
 
@@ -49,7 +52,7 @@ SUITES = {
 class Args:
     """Runs or plots a benchmark suite."""
 
-    suite: tyro.conf.Positional[Literal["classic", "mujoco"]]
+    suite: tyro.conf.Positional[Literal["classic", "mujoco", "atari"]]
     """which environments"""
     command: tyro.conf.Positional[Literal["run", "plot"]]
     """what to do"""
@@ -150,14 +153,18 @@ def plot(args: Args) -> None:
                 ours[env_id][seed] = curve(run_dir)
     if any(ours.values()):
         write(results, ours)
-    ours, official = read(results), read(reference)
+    ours, official = read(results), read(reference) if reference.exists() else {}
     rng = np.random.default_rng(0)
-    figure, axes = plt.subplots(1, len(envs), figsize=(12, 3.6), constrained_layout=True)
+    size = (max(4 * len(envs), 6), 3.6)
+    figure, axes = plt.subplots(1, len(envs), figsize=size, constrained_layout=True, squeeze=False)
     print(f"| environment | measured | {script}.py | its 95% interval | official code | its 95% interval |")
     print("|---|---|---|---|---|---|")
-    for axis, env_id in zip(axes, envs):
+    for axis, env_id in zip(axes[0], envs):
         finals = {}
         for name, curves, color in ((f"{script}.py", ours, "tab:blue"), ("official (ppo2)", official, "0.45")):
+            if env_id not in curves:
+                finals[name] = dict.fromkeys(("at the end", "last tenth"))
+                continue
             seeds = list(curves[env_id].values())
             steps = np.array([step for step, _ in seeds[0]])
             returns = np.array([[value for _, value in points] for points in seeds])
@@ -170,12 +177,13 @@ def plot(args: Args) -> None:
         for when in mine:
             cells = []
             for values in (mine[when], theirs[when]):
-                low, high = interval(list(values))
-                cells += [cell(values), "-" if np.isnan(low) else f"{low:.1f} to {high:.1f}"]
+                low, high = (np.nan, np.nan) if values is None else interval(list(values))
+                cells.append("-" if values is None else cell(values))
+                cells.append("-" if np.isnan(low) else f"{low:.1f} to {high:.1f}")
             print(f"| {env_id} | {when} | {' | '.join(cells)} |")
         if env_id in published:
             mean, deviation = published[env_id]
-            label = f"article, -v2: {mean} +- {deviation}"
+            label = f"article{', -v2' if args.suite == 'mujoco' else ', 10M steps'}: {mean} +- {deviation}"
             axis.errorbar([steps[-1]], [mean], [deviation], fmt="o", color="0.2", ms=4, capsize=3, label=label)
         axis.set(title=env_id, xlabel="environment steps", ylabel="mean return of 100 episodes")
         if np.ptp(axis.get_ylim()) < 50:  # a flat curve

@@ -3,6 +3,7 @@
     python -m benchmark.throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
     python -m benchmark.throughput --num-envs 1 4 16 64 256 1024
     python -m benchmark.throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
+    python -m benchmark.throughput --script ppo_atari --modes '' --compile '--compile --amp'
 
 Every command is run with a small and with a large number of steps ({steps} in the command): their difference leaves out
 what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
@@ -35,7 +36,9 @@ class Args:
     peer: list[str] = field(default_factory=list)
     """commands to compare with, as NAME=COMMAND with {steps} where the number of steps goes"""
     script: str = "ppo"
-    """our script, measured in eager mode and with --compile"""
+    """our script"""
+    modes: list[str] = field(default_factory=lambda: ["", "--compile"])
+    """flags that our script is measured with, one after the other"""
     num_envs: list[int] = field(default_factory=list)
     """instead of these: our script with these numbers of environments, beside the environments alone"""
     batch_size: int | None = None
@@ -91,7 +94,7 @@ def main() -> None:
             commands[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
             base[f"{count} envs"] = base[f"{count} envs, environments alone"] = max(args.steps, 2 * num_steps * count)
     else:
-        commands |= {f"{args.script}.py": ours, f"{args.script}.py --compile": f"{ours} --compile"}
+        commands |= {f"{args.script}.py {mode}".strip(): f"{ours} {mode}" for mode in args.modes}
     speeds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0.0)
     with tempfile.TemporaryDirectory() as directory:
