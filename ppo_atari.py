@@ -336,6 +336,7 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
     def make_env(index: int) -> gym.Env:
         if args.async_envs and multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one shall act on it
+        # The official code's games are cut off at 400,000 frames, those registered in gymnasium at 108,000. [extra-28]
         kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": args.max_game_frames}
         kwargs |= json.loads(args.env_kwargs)
         record = video_folder and index == 0

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo.py", "ppo_continuous.py")
+SCRIPTS = ("ppo.py", "ppo_atari.py", "ppo_continuous.py")
 ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv"}
 
 # tag: (what it is, flags that switch it, test)
@@ -37,6 +37,18 @@ DETAILS = {
     "core-12": ("Debug variables", "", "test_details.py::test_core_12_metrics_are_means_over_all_minibatches"),
     "core-13": ("Separate networks for policy and value function", "--shared-network",
                 "test_details.py::test_core_13_separate_or_shared_networks"),
+    "atari-1": ("No-ops at the start of a game", "--noop-max",
+                "test_atari_envs.py::test_atari_1_number_of_noops"),
+    "atari-2": ("Frames are skipped, and the maximum of the last two is shown", "--frame-skip",
+                "test_atari_envs.py::test_atari_2_skipping"),
+    "atari-3": ("A lost life ends the episode", "--no-episodic-life", "test_atari_envs.py::test_atari_3_lives"),
+    "atari-4": ("FIRE at the start of an episode", "--no-fire-reset", "test_atari_envs.py::test_atari_4_fire_and_action_2"),
+    "atari-5": ("Gray images of 84 x 84 pixels", "--no-area-resize", "test_atari_envs.py::test_official_image_processing"),
+    "atari-6": ("Reward clipping to its sign", "--no-clip-reward", "test_atari_envs.py::test_atari_6_sign_of_the_reward"),
+    "atari-7": ("Four frames stacked", "--frame-stack", "test_atari_envs.py::test_atari_7_stacks_by_definition"),
+    "atari-8": ("Policy and value function share the Nature-CNN", "--no-shared-network",
+                "test_atari.py::test_atari_8_number_of_parameters"),
+    "atari-9": ("Pixels divided by 255", "--no-scale-images", "test_atari.py::test_atari_9_scaling"),
     "continuous-1": ("Gaussian policy", "",
                      "test_continuous.py::test_continuous_1_actions_follow_the_policy"),
     "continuous-2": ("State-independent log standard deviation, initially 0", "--state-dependent-std",
@@ -55,6 +67,8 @@ DETAILS = {
     "continuous-9": ("Reward clipping", "--no-clip-reward",
                      "test_continuous.py::test_continuous_8_and_9_rewards_are_scaled_step_by_step"),
     "aux-1": ("Clip-range annealing", "--anneal-clip", "test_details.py::test_core_4_and_aux_1_annealing"),
+    "aux-2": ("Gradients averaged over processes (torchrun)", "",
+              "test_distributed.py::test_two_ranks_train_like_one_process"),
     "aux-3": ("Early stopping by KL divergence", "--target-kl", "test_details.py::test_aux_3_early_stopping"),
     "extra-1": ("Adam's epsilon is added to the root of the uncorrected second moment", "--no-adam-eps-hat",
                 "test_parity.py::test_pytorch_habits_do_not_match"),
@@ -80,6 +94,16 @@ DETAILS = {
                  "test_boundaries.py::test_bootstrap_truncated_adds_the_value_of_the_last_observation"),
     "extra-16": ("Separate networks are drawn independently", "",
                  "test_details.py::test_core_13_separate_or_shared_networks"),
+    "extra-18": ("Features are flattened with the channels last", "",
+                 "test_parity_atari.py::test_forward_pass"),
+    "extra-24": ("After every done the older frames of the stack are black", "--no-zero-stack",
+                 "test_atari_envs.py::test_official_recording"),
+    "extra-25": ("Gray before it is resized, and resized by areas", "--no-area-resize",
+                 "test_atari_envs.py::test_official_image_processing"),
+    "extra-26": ("A reset takes steps that the agent never sees", "--no-fire-reset --no-episodic-life",
+                 "test_atari_envs.py::test_all_wrappers_together"),
+    "extra-27": ("Episode statistics are of whole games, hidden steps included", "", "test_atari_envs.py::test_official_recording"),
+    "extra-28": ("Games are cut off after 400,000 frames", "--max-game-frames", "test_atari_envs.py::test_extra_28_games_are_cut_off"),
     "extra-30": ("Normalization divides by the standard deviation, not the variance", "",
                  "test_parity_continuous.py::test_running_statistics"),
     "extra-31": ("Statistics are updated before they are used and start with a count of 1e-4", "",

@@ -14,6 +14,27 @@ BASE = "ppo.py"
 
 # script: {definition: (lines that differ from ppo.py's, removed and added ones together, and why)}; None: it has none
 DIFFERENCES = {
+    "ppo_atari.py": {
+        "MLP": (None, "a convolutional network instead"),
+        "MLP.__init__": (None, "a convolutional network instead"),
+        "MLP.forward": (None, "a convolutional network instead"),
+        "MLP.as_numpy": (None, "a convolutional network instead"),
+        "Args.num_updates": (2, "the example's numbers"),
+        "make_envs": (47, "the games' wrappers, and EnvPool"),
+        "layer_init": (2, "convolutions too"),
+        "Agent": (6, "one call gives logits and values"),
+        "Agent.__init__": (17, "one convolutional network for both"),
+        "Rollout": (10, "images on the device, and the network's outputs"),
+        "collect_rollout": (35, "images are stacked; one call gives logits and values; lost lives are no ends of games"),
+        "normalize": (7, "mean and deviation over all ranks"),
+        "gradient_step": (5, "one call gives logits and values; the mean over all ranks"),
+        "train": (71, "as above; ranks; CUDA graphs"),
+        "check_args": (12, "the games' settings; ranks; --env-backend"),
+        "Run.__init__": (14, "rank 0 alone has files"),
+        "Run.write": (2, "rank 0 alone has files"),
+        "evaluate": (18, "as in collect_rollout"),
+        "main": (10, "ranks"),
+    },
     "ppo_continuous.py": {
         "Args.num_updates": (2, "the example's numbers"),
         "make_envs": (13, "other spaces, and EnvPool"),
@@ -31,6 +52,14 @@ DIFFERENCES = {
 
 # script: {setting: why its default is another one}
 DEFAULTS = {
+    "ppo_atari.py": {
+        "cuda": "images are worth it",
+        "env_id": "a game",
+        "total_timesteps": "the article's for Atari",
+        "num_envs": "the article's for Atari",
+        "clip_coef": "the article's for Atari",
+        "shared_network": "the article's for Atari",
+    },
     "ppo_continuous.py": {
         "env_id": "a continuous task",
         "total_timesteps": "the article's for MuJoCo",
@@ -45,6 +74,12 @@ DEFAULTS = {
 
 # script: {setting: why its help is another one}
 HELP = {
+    "ppo_atari.py": {
+        "cuda": "images are worth it",
+        "compile": "images gain less by it",
+        "env_id": "names of games",
+        "shared_network": "one more tag",
+    },
     "ppo_continuous.py": {"shared_network": "one more tag"},
 }
 
