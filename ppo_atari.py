@@ -279,11 +279,11 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
         import envpool
 
         kwargs = {
-            "num_envs": args.num_envs, "seed": args.seed, "stack_num": 1, "noop_max": max(args.noop_max, 1),
+            "num_envs": args.num_envs, "seed": args.seed % 2**31, "noop_max": max(args.noop_max, 1),
             "frame_skip": args.frame_skip, "episodic_life": args.episodic_life, "use_fire_reset": args.fire_reset,
             "reward_clip": args.clip_reward, "use_inter_area_resize": args.area_resize,
             "max_episode_steps": args.max_game_frames // args.frame_skip,
-        } | json.loads(args.env_kwargs)  # fmt: skip
+        } | json.loads(args.env_kwargs) | {"stack_num": 1}  # fmt: skip
         self.make_pool = lambda **changed: envpool.make_gymnasium(f"{game}-v5", **kwargs | changed)
         self.pool, self.num_envs = self.make_pool(), args.num_envs
         self.single_observation_space = Box(0, 255, (84, 84), np.uint8)
@@ -336,6 +336,7 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
     def make_env(index: int) -> gym.Env:
         if args.async_envs and multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one shall act on it
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
         # The official code's games are cut off at 400,000 frames, those registered in gymnasium at 108,000. [extra-28]
         kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": args.max_game_frames}
         kwargs |= json.loads(args.env_kwargs)
@@ -416,7 +417,7 @@ class Agent(nn.Module):
         self.args = args
         # [atari-8] What is worth seeing is the same for both, and the images are most of the work.
         self.network = NatureCNN(args)
-        self.critic_network = self.network if args.shared_network else NatureCNN(args)
+        self.critic_network = None if args.shared_network else NatureCNN(args)
         # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
         self.actor = layer_init(nn.Linear(512, int(action_space.n)), 0.01, args)
         self.critic = layer_init(nn.Linear(512, 1), 1.0, args)
@@ -428,7 +429,7 @@ class Agent(nn.Module):
         x = x / 255 if self.args.scale_images else x  # [atari-9] The initialization expects inputs of about that size.
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.amp):
             features = self.network(x)
-            critic_features = features if self.args.shared_network else self.critic_network(x)
+            critic_features = self.critic_network(x) if self.critic_network else features
             logits, values = self.actor(features), self.critic(critic_features)
         return logits.float(), values.float().squeeze(-1)
 
@@ -658,11 +659,15 @@ def train(args: Args) -> dict:
     envs = make_envs(local)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run = Run(args, agent, adam)
     if args.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         print("this processor has no instructions for bfloat16: --amp will be slower than without", file=sys.stderr)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        paths = [run.path]
+        dist.broadcast_object_list(paths)
+        run.path = paths[0]
         dist.broadcast(adam.parameters, 0)
         if RANK > 0:  # noise and shuffles of its own
             torch.manual_seed((args.seed + run.first_step) * WORLD_SIZE + RANK)
@@ -950,11 +955,11 @@ class Run:
 
 def evaluate(args: Args) -> list[float]:
     """Plays eval_episodes games with a trained agent, prints and returns their returns."""
-    args = replace(args, num_envs=1, env_backend="gymnasium" if args.capture_video else args.env_backend)
+    args = replace(args, env_backend="gymnasium" if args.capture_video else args.env_backend)
     check_args(args)
     path = Path(args.evaluate)
     videos = path / "videos" if args.capture_video else None
-    envs = make_envs(args, videos, lambda episode: episode < args.eval_episodes)
+    envs = make_envs(replace(args, num_envs=1), videos, lambda episode: episode < args.eval_episodes)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     restore(path, agent)
     torch.manual_seed(args.seed)
@@ -1026,7 +1031,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if WORLD_SIZE == 1:
+        if WORLD_SIZE == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
         print(f"{SCRIPT}.py: error: rank {RANK} lost another rank: {one_line(error)}", file=sys.stderr)
         return 1
