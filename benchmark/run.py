@@ -83,6 +83,16 @@ def take_lock(path: Path) -> int | None:
     return descriptor
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock."""
+    if not path.exists():
+        return False
+    descriptor = take_lock(path)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is None
+
+
 class Task:
     """A job and what becomes of it."""
 
@@ -93,6 +103,7 @@ class Task:
         self.log_start = 0  # where this attempt begins in the log
         self.status = "waiting"  # then running, and then finished, failed, stopped or elsewhere (run by others)
         self.note = ""  # why it failed, or what was odd
+        self.interrupted = False  # the run stopped before its end, and not because of stop()
         self.known: set[Path] = set()  # run directories that were there before
         self.state: RunState | None = None  # of the run directory at hand
         self.process: subprocess.Popen | None = None
@@ -105,6 +116,9 @@ class Task:
         """Trains the job to its end, unless others do. Whatever goes wrong becomes its status: it never raises."""
         try:
             descriptor = take_lock(self.lock)
+            if descriptor is None:
+                time.sleep(0.1)  # is_locked() of another harness has it for a moment
+                descriptor = take_lock(self.lock)
             if descriptor is None:
                 self.status = "elsewhere"
                 return
@@ -141,6 +155,7 @@ class Task:
             if code < 0:
                 reason = f"killed by {signal.Signals(-code).name}"
             elif code == 0:
+                self.interrupted = True
                 reason = "stopped before its end by a signal that did not come from here"
             self.note = f"{self.note}; {reason}" if self.note else reason
 
@@ -321,9 +336,8 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
             for task in tasks:
                 if task.status == "elsewhere" and stop.count:
                     task.status = "waiting"  # others go on with it
-                elif task.status == "elsewhere" and (descriptor := take_lock(task.lock)) is not None:
-                    os.close(descriptor)  # the others have ended; what they have left undone is done here
-                    task.status = "waiting"
+                elif task.status == "elsewhere" and not is_locked(task.lock):
+                    task.status = "waiting"  # the others have ended; what they have left undone is done here
                     pending.add(pool.submit(task.run, threads))
             display.update()
     return stop.count > 0
@@ -343,11 +357,8 @@ def plan(task: Task) -> str:
     """What is to be done for a task, in words."""
     if task.state and task.state.finished:
         return f"{task}: finished ({task.state.path})"
-    if task.lock.exists():
-        descriptor = take_lock(task.lock)
-        if descriptor is None:
-            return f"{task}: running already"
-        os.close(descriptor)
+    if is_locked(task.lock):
+        return f"{task}: running already"
     if task.state and task.state.has_checkpoint:
         return f"{task}: resume {task.state.path} at step {task.state.global_step:,} of {task.state.total_steps:,}"
     return f"{task}: start"
