@@ -80,25 +80,33 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def metric_by_update(columns: dict[str, np.ndarray], metric: str) -> np.ndarray:
+    """A metric's value for each update; for a metric of episodes the mean of the last 100, nan before the first."""
+    updates, values = np.isfinite(columns["charts/SPS"]), columns[metric]
+    episodes = np.isfinite(values) & ~updates
+    if not episodes.any():
+        return values[updates]
+    ended = episodes.cumsum()[updates]  # episodes by the end of each update
+    first = np.maximum(ended - EPISODES, 0)
+    sums = np.concatenate([[0], values[episodes].cumsum()])
+    means = np.full(len(ended), np.nan)
+    return np.divide(sums[ended] - sums[first], ended - first, out=means, where=ended > 0)
+
+
+def thin_out(length: int, points: int) -> np.ndarray:
+    """Indices of so many of all points, evenly spaced, with the first and the last one."""
+    return np.unique(np.linspace(0, length - 1, points).round().astype(int))
+
+
 def run_curve(columns: dict[str, np.ndarray], metric: str, part: float) -> Curve | None:
     """The curve in a run's metrics, thinned out; None if it has none."""
     if metric not in columns or "charts/SPS" not in columns:
         return None
-    updates, values = np.isfinite(columns["charts/SPS"]), columns[metric]
-    episodes = np.isfinite(values) & ~updates
-    if episodes.any():
-        ended = episodes.cumsum()[updates]  # episodes by the end of each update
-        first = np.maximum(ended - EPISODES, 0)
-        sums = np.concatenate([[0], values[episodes].cumsum()])
-        means = np.full(len(ended), np.nan)
-        values = np.divide(sums[ended] - sums[first], ended - first, out=means, where=ended > 0)
-    else:
-        values = values[updates]
+    updates, values = np.isfinite(columns["charts/SPS"]), metric_by_update(columns, metric)
     if not np.isfinite(values).any():
         return None
-    keep = np.unique(np.linspace(0, len(values) - 1, POINTS).round().astype(int))
-    steps, hours = columns["global_step"][updates], columns["wall_time"][updates] / 3600
-    return Curve(steps[keep], hours[keep], values[keep], part)
+    keep = thin_out(len(values), POINTS)
+    return Curve(columns["global_step"][updates][keep], columns["wall_time"][updates][keep] / 3600, values[keep], part)
 
 
 def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float]]:
