@@ -69,8 +69,9 @@ def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
     script, name = ROOT / suite.script, state.path.resolve().name
     # What this process uses of the machine says nothing about the training.
     settings = wandb.Settings(console="off", disable_git=True, x_disable_stats=True)
-    run = wandb.init(project=args.project, entity=args.entity, dir=state.path, name=name, id=name, resume="allow",
-                     group=args.group or suite.name, tags=args.tags, config=state.config, settings=settings)  # fmt: skip
+    group = args.group or suite.name
+    run = wandb.init(project=args.project, entity=args.entity, group=group, tags=args.tags, config=state.config,
+                     dir=state.path, name=name, id=name, resume="allow", settings=settings)  # fmt: skip
     try:
         run.define_metric("*", step_metric="global_step")
         first_line = first_line if run.offline else run.starting_step
