@@ -261,6 +261,15 @@ def find_runs(runs_dir: Path, job: Job) -> list[Path]:
     return scan_runs(runs_dir).get(job.name, [])
 
 
+def parse_line(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is being written, or was torn."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def run_state(run_dir: Path) -> RunState:
     """Reads config.json and the end of metrics.jsonl; what is missing or broken there counts as not reached."""
     try:
@@ -275,13 +284,7 @@ def run_state(run_dir: Path) -> RunState:
             tail = file.read()
     except OSError:
         tail = b""
-    row = {}
-    for line in reversed(tail.splitlines()):
-        try:
-            row = json.loads(line)
-            break
-        except ValueError:  # the line is being written, or was torn
-            continue
+    row = next(filter(None, map(parse_line, reversed(tail.splitlines()))), {})
     updates = re.findall(rb'"charts/SPS": (\d+)', tail)
     returns = [float(value) for value in re.findall(rb'"charts/episodic_return": ([-+.\de]+)', tail)[-100:]]
     return RunState(
@@ -332,11 +335,7 @@ def read_metrics(run_dir: Path) -> dict[str, np.ndarray]:
     try:  # one call for the whole file takes a third of the time
         rows = json.loads(b"[" + data.strip().replace(b"\n", b",") + b"]")
     except ValueError:
-        rows = []
-        for line in data.splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line is being written, or was torn
-                continue
+        rows = map(parse_line, data.splitlines())
+    rows = [row for row in rows if isinstance(row, dict)]
     names = dict.fromkeys(name for shape in {tuple(row) for row in rows} for name in shape)
     return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}

@@ -40,11 +40,13 @@ def main() -> int:
     update, metrics_bytes = 0, 0
     if settings["resume"]:
         path = Path(settings["resume"])
-        settings = json.loads((path / "config.json").read_text())
+        problem = f"{path} is not a run directory of stand_in.py"
         try:
+            settings = json.loads((path / "config.json").read_text())
+            problem = f"cannot use {path / 'checkpoint.pt'}"
             update, metrics_bytes = json.loads((path / "checkpoint.pt").read_text())
         except ValueError as error:
-            print(f"stand_in.py: error: cannot use {path / 'checkpoint.pt'}: {error}", file=sys.stderr)
+            print(f"stand_in.py: error: {problem}: {error}", file=sys.stderr)
             return 2
     else:
         name = f"{settings['env_id']}__{settings['exp_name']}__{settings['seed']}"
