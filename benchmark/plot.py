@@ -112,6 +112,7 @@ def run_curve(columns: dict[str, np.ndarray], metric: str, part: float) -> Curve
 def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float]]:
     """The curves of all runs, and by run directory the part of its training that is done; raises InputError."""
     runs, curves, names, parts = suite_runs(suite, runs_dir), defaultdict(dict), set(), {}
+    left_out = []
     for job, state in runs.items():
         try:
             columns = read_metrics(state.path)
@@ -119,16 +120,18 @@ def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str
             columns = {}
         names |= columns.keys()
         part = parts[state.path.name] = 1.0 if state.finished else state.global_step / max(state.total_steps, 1)
-        curve = run_curve(columns, metric, min(part, 0.999) if not state.finished else part)
+        curve = run_curve(columns, metric, part if state.finished else min(part, 0.999))
         if curve is None:
             what = "no episode has ended" if metric == RETURN else f"there is no {metric}"
-            note(f"{state.path.name} is left out: {what} in it")
+            left_out.append(f"{state.path.name} is left out: {what} in it")
             continue
         curves[job.env_id][job.seed] = curve
     if runs and not curves:
         if metric in names | {RETURN}:
             raise InputError(f"no run in {runs_dir} has an episode that ended")
         raise InputError(f"no run has a metric {metric}{similar(metric, names) or f'; there are {sorted(names)}'}")
+    for message in left_out:
+        note(message)
     for env_id in suite.env_ids if runs else ():
         found = {job.seed for job in runs if job.env_id == env_id}
         if missing := [seed for seed in suite.seeds if seed not in found]:
