@@ -222,7 +222,7 @@ def counted(number: int, what: str = "seed") -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def final_cells(curves: dict[int, Curve], statistic: str) -> tuple[str, str, str]:
+def final_cells(curves: dict[int, Curve], statistic: str, form: str = ".1f") -> tuple[str, str, str]:
     """Final value with its deviation and seeds, its 95% interval, and the runtime, as the table shows them.
 
     Runs that are not finished count only where no run is.
@@ -238,24 +238,25 @@ def final_cells(curves: dict[int, Curve], statistic: str) -> tuple[str, str, str
         seeds += f", unfinished: {min(curve.part for curve in chosen):.0%} done"
     elif others := len(curves) - len(finished):
         seeds += f", {others} more unfinished"
-    deviation = f" +- {finals.std(ddof=1):.1f}" if len(finals) > 1 else ""
+    deviation = f" +- {finals.std(ddof=1):{form}}" if len(finals) > 1 else ""
     hours = np.mean([curve.hours[-1] for curve in chosen])
     runtime = "-" if np.isnan(hours) else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-    bounds = "-" if np.isnan(low) else f"{low:.1f} to {high:.1f}"
-    return f"{STATISTICS[statistic](finals):.1f}{deviation} ({seeds})", bounds, runtime
+    bounds = "-" if np.isnan(low) else f"{low:{form}} to {high:{form}}"
+    return f"{STATISTICS[statistic](finals):{form}}{deviation} ({seeds})", bounds, runtime
 
 
-def table(suite: Suite, ours: Curves, official: Curves, published: dict, statistic: str) -> str:
+def table(suite: Suite, ours: Curves, official: Curves, published: dict, args: Args) -> str:
     """Markdown table of what was reached at the end."""
-    script, what = Path(suite.script).name, f"{STATISTIC_NAMES[statistic]} +- std"
+    script, what = Path(suite.script).name, f"{STATISTIC_NAMES[args.statistic]} +- std"
+    form = ".1f" if args.metric == RETURN else ".4g"  # what is no return may be small
     heads = ["environment", f"{script}: {what}", "95% interval"]
     heads += [f"{suite.reference_label}: {what}", "95% interval"] * bool(official)
     heads += [suite.published_label] * bool(published) + ["runtime"]
     lines = [heads, ["---"] * len(heads)]
     for env_id in suite.env_ids:
-        final, bounds, runtime = final_cells(ours.get(env_id, {}), statistic)
+        final, bounds, runtime = final_cells(ours.get(env_id, {}), args.statistic, form)
         cells = [env_id, final, bounds]
-        cells += final_cells(official.get(env_id, {}), statistic)[:2] * bool(official)
+        cells += final_cells(official.get(env_id, {}), args.statistic)[:2] * bool(official)
         cells += ["{} +- {}".format(*published[env_id]) if env_id in published else "-"] * bool(published)
         lines.append([*cells, runtime])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
@@ -360,7 +361,7 @@ def main(args: Args) -> int:
     official = {env_id: seeds for env_id, seeds in official.items() if env_id in suite.env_ids}
     published = suite.published if comparable else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
-    text = table(suite, ours, official, published, args.statistic)
+    text = table(suite, ours, official, published, args)
     (args.results / f"{name}.md").write_text(text + "\n")
     draw(suite, ours, official, published, args, args.output / (name + "_hours" * (args.x == "hours")))
     print(text)

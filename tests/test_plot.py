@@ -163,7 +163,7 @@ def test_other_metrics(draw, tmp_path):
         make_run(tmp_path / "runs", "A-v0", seed, [3] * 20, entropy=seed / 10)
     rows, _ = draw(suite, metric="losses/entropy")
     assert rows["environment"] == ["ppo.py: mean +- std", "95% interval", "runtime"]
-    assert rows["A-v0"][0] == "0.1 +- 0.1 (2 seeds)"
+    assert rows["A-v0"][0] == "0.15 +- 0.07071 (2 seeds)"
     assert (tmp_path / "img/made_losses-entropy.png").exists()
     assert "made.csv" not in [path.name for path in (tmp_path / "results").iterdir()]
     draw(suite, metric="losses/explained_variance")
