@@ -10,7 +10,9 @@ arrived is noted in uploaded.json in the run's directory, of which nothing else 
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,9 +81,9 @@ def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
             for number, line in enumerate(file):
                 if number >= first_line:
                     run.log(json.loads(line), step=number)
-        code = wandb.Artifact(f"source-{script.stem}", type="code")
-        code.add_file(str(script))
-        run.log_artifact(code)
+        with tempfile.TemporaryDirectory() as folder:  # log_code looks through a whole folder: this one has one file
+            shutil.copy(script, folder)
+            run.log_code(folder, name=f"source-{script.stem}")
         run.save(str(state.path / "videos/*.mp4"), base_path=state.path, policy="now")
     except BaseException:
         run.finish(exit_code=1)
