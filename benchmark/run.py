@@ -34,7 +34,7 @@ from rich.table import Table
 
 from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs
 
-POLL = 0.5  # seconds between two looks at the runs
+POLL = 1.0  # seconds between two looks at the runs; drawing the table of 15 runs takes 13 ms
 GRACE = 60  # seconds that a run has to write a checkpoint before it is killed
 TAIL_LINES = 10  # of a failed run's log, shown at the end
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

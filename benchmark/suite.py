@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ROOT / "benchmark" / "suites"
 REFERENCE = ROOT / "benchmark" / "reference"
-TAIL = 32 * 1024  # bytes at the end of metrics.jsonl that tell what a run has reached
+TAIL = 16 * 1024  # bytes at the end of metrics.jsonl that tell what a run has reached
 BY_HARNESS = {"env_id", "seed", "runs_dir", "resume", "evaluate"}  # settings that a suite's flags must leave alone
 # Settings that do not change what a run learns: runs that differ in them belong together.
 FREE = BY_HARNESS | {"track", "wandb_project_name", "wandb_entity", "capture_video", "checkpoint_interval"}

@@ -202,7 +202,7 @@ BAD_COMMANDS = [
     ("run classic --workers 0", "--workers must be at least 1, not 0"),
     ("run classic --workers x", "--workers"),
     ("run classic --wrokers 2", "Unrecognized options: --wrokers"),
-    ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma?"),
+    ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma or --gae?"),
     ("run classic --extra='", "--extra: No closing quotation"),
     ("run", "Missing"),
 ]
