@@ -1,7 +1,7 @@
 """What switching a detail off does to learning, one flag changed at a time.
 
-    python -m benchmark.ablations classic    # ppo.py; runs what is missing, then writes benchmark/results/
-    python -m benchmark.ablations mujoco     # ppo_continuous.py
+    python -m benchmark ablations classic    # ppo.py; runs what is missing, then writes benchmark/results/
+    python -m benchmark ablations mujoco     # ppo_continuous.py
     python docs/index_details.py             # puts the effects into docs/details.md
 
 Two numbers for each variant, as differences from the defaults with a 95% interval (Welch) over seeds: the mean of the
@@ -9,9 +9,7 @@ learning curve (how fast it learns) and its last point, the mean return of the l
 """
 
 import csv
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +18,9 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from benchmark.curves import ROOT, curve
+from benchmark.plot import RETURN, metric_by_update
+from benchmark.run import Display, Task, prepare, run_local, summarize
+from benchmark.suite import ROOT, Job, read_metrics
 
 CLASSIC = [
     ("core-2", "--no-orthogonal-init"),
@@ -66,8 +66,8 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "classic": Study("ppo", "CartPole-v1", 200_000, CLASSIC),
-    "mujoco": Study("ppo_continuous", "HalfCheetah-v4", 200_000, CONTINUOUS),
+    "classic": Study("ppo.py", "CartPole-v1", 200_000, CLASSIC),
+    "mujoco": Study("ppo_continuous.py", "HalfCheetah-v4", 200_000, CONTINUOUS),
 }
 
 
@@ -90,23 +90,15 @@ def name_of(flags: str) -> str:
     return "default" if not flags else flags.strip("-").replace(" ", "_")
 
 
-def run(args: Args, flags: str, seed: int) -> Path:
-    """The finished run directory of a variant and seed; trains it if there is none."""
-    script, env_id, steps, _ = STUDIES[args.study]
-    pattern = f"{env_id}__{name_of(flags)}__{seed}__*"
-    for found in args.runs_dir.glob(pattern):
-        if curve(found)[-1:] and curve(found)[-1][0] >= 0.99 * steps:
-            return found
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--compile", "--exp-name", name_of(flags)]
-    command += ["--env-id", env_id, "--seed", str(seed), "--runs-dir", str(args.runs_dir)]
-    command += ["--total-timesteps", str(steps), *flags.split()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return max(args.runs_dir.glob(pattern))
+def job(study: Study, flags: str, seed: int) -> Job:
+    """The training of a variant with a seed."""
+    words = ("--compile", "--exp-name", name_of(flags), "--total-timesteps", str(study.total_timesteps), *flags.split())
+    return Job(study.script, study.env_id, seed, words, name_of(flags))
 
 
 def scores(run_dir: Path) -> tuple[float, float]:
     """Mean of the learning curve, and its last point."""
-    values = np.array([value for _, value in curve(run_dir)])
+    values = metric_by_update(read_metrics(run_dir), RETURN)
     return float(np.nanmean(values)), float(values[-1])
 
 
@@ -117,14 +109,19 @@ def difference(a: list[float], b: list[float]) -> str:
     return f"{np.mean(a) - np.mean(b):+.0f} +- {(high - low) / 2:.0f}"
 
 
-def main() -> None:
-    """Runs everything and writes the CSV."""
-    args = tyro.cli(Args)
-    variants, results_file = STUDIES[args.study].variants, ROOT / f"benchmark/results/ablations_{args.study}.csv"
-    jobs = [(flags, seed) for seed in range(1, args.seeds + 1) for flags in ["", *(flags for _, flags in variants)]]
-    with ThreadPoolExecutor(args.workers) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: scores(run(args, *job)), jobs)))
-    by_variant = {flags: [results[flags, seed] for seed in range(1, args.seeds + 1)] for flags, _ in jobs}
+def main(args: Args) -> int:
+    """Runs everything and writes the CSV; returns the exit code."""
+    study, runs_dir = STUDIES[args.study], args.runs_dir.resolve()
+    variants, results_file = study.variants, ROOT / f"benchmark/results/ablations_{args.study}.csv"
+    pairs = [(flags, seed) for seed in range(1, args.seeds + 1) for flags in ["", *(flags for _, flags in variants)]]
+    tasks = {pair: Task(job(study, *pair), runs_dir) for pair in pairs}
+    prepare(runs_dir)
+    stopped = run_local([*tasks.values()], args.workers, Display([*tasks.values()], f"Ablations: {args.study}"))
+    if code := summarize([*tasks.values()], stopped):
+        return code
+    by_variant = {flags: [] for flags, _ in pairs}
+    for (flags, _), task in tasks.items():
+        by_variant[flags].append(scores(task.state.path))
     with open(results_file, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["tag", "flags", "curve_mean", "final_return", "effect"])
@@ -133,7 +130,8 @@ def main() -> None:
             effect = f"{difference(speed, base_speed)} over the run, {difference(final, base_final)} at its end"
             row = [tag, flags, f"{np.mean(speed):.1f}", f"{np.mean(final):.1f}", effect if flags else ""]
             writer.writerow(row)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(tyro.cli(Args)))

@@ -1,19 +1,19 @@
 """Measures training speed on this machine, all commands side by side.
 
-    python -m benchmark.throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
-    python -m benchmark.throughput --num-envs 1 4 16 64 256 1024
-    python -m benchmark.throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
-    python -m benchmark.throughput --script ppo_atari --modes '' --compile '--compile --amp'
+    python -m benchmark throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
+    python -m benchmark throughput --script ppo_atari --modes eager compile amp
+    python -m benchmark throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
 
 Every command is run with a small and with a large number of steps ({steps} in the command): their difference leaves out
 what start-up and compilation cost. The large number is chosen for each command so that the difference takes about
 --seconds. The commands take turns, round after round, so that a machine whose speed drifts treats all alike. The table
 gives medians over the rounds, with the median of the ratios within a round to each peer.
+
+A command that fails is left out from then on, and reported; what the others and its own earlier rounds gave stays.
 """
 
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -22,23 +22,27 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmark.provenance import provenance
+from benchmark.suite import ROOT, InputError
+
 PYTHON = shlex.quote(sys.executable)
+MODES = {"eager": "", "compile": "--compile", "amp": "--compile --amp"}
 
 
 @dataclass
 class Args:
     """Steps per second and peak memory of training commands, start-up left out."""
 
-    peer: list[str] = field(default_factory=list)
-    """commands to compare with, as NAME=COMMAND with {steps} where the number of steps goes"""
+    peer: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """a command to compare with, as NAME=COMMAND with {steps} where the number of steps goes; may be repeated"""
     script: str = "ppo"
     """our script"""
-    modes: list[str] = field(default_factory=lambda: ["", "--compile"])
-    """flags that our script is measured with, one after the other"""
+    modes: list[Literal["eager", "compile", "amp"]] = field(default_factory=lambda: ["eager", "compile"])
+    """how our script is run: plain, with --compile, with --compile --amp (ppo_atari has it)"""
     num_envs: list[int] = field(default_factory=list)
     """instead of these: our script with these numbers of environments, beside the environments alone"""
     batch_size: int | None = None
@@ -46,34 +50,63 @@ class Args:
     flags: str = ""
     """flags for our script"""
     steps: int = 20_480
-    """the small number of steps, rounded up to two rollouts"""
+    """the small number of steps; with --num-envs at least two rollouts"""
     seconds: float = 20
     """how much longer the run with the large number of steps should take"""
     rounds: int = 5
     """how often every command is measured"""
     output: Path | None = None
-    """file for all measurements, as JSON"""
+    """file for the table, as NAME.md; all measurements go into NAME.json beside it"""
+
+
+class Failed(Exception):
+    """A command that cannot be measured."""
 
 
 def measure(command: str, steps: int, directory: str) -> tuple[float, float]:
-    """Wall-clock seconds and peak memory in MiB of `command` for `steps` steps; raises RuntimeError if it fails."""
+    """Wall-clock seconds and peak memory in MiB of `command` for `steps` steps; raises Failed."""
     words = shlex.split(command.replace("{steps}", str(steps)))
-    start = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        words, cwd=directory, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{command} failed with status {status}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    environment, nothing = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.DEVNULL
+    with tempfile.TemporaryFile() as stderr:
+        start = time.perf_counter()
+        try:
+            process = subprocess.Popen(
+                words, cwd=directory, env=environment, stdin=nothing, stdout=nothing, stderr=stderr
+            )
+        except OSError as error:
+            raise Failed(str(error)) from error
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # Ctrl-C: leave no training behind
+            process.kill()
+            raise
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)  # for Popen, which has not seen the process end
+        if process.returncode:
+            stderr.seek(0)
+            last = stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise Failed(f"exit code {process.returncode}: {last[0]}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def large_steps(command: str, small: int, seconds: float, directory: str) -> int:
+    """The number of steps for which `command` takes about `seconds` longer than for `small`; raises Failed."""
+    start_up, factor = measure(command, small, directory)[0], 2
+    while (extra := measure(command, (1 + factor) * small, directory)[0] - start_up) < seconds / 3:
+        factor *= 3
+        if factor > 10**6:
+            raise Failed(f"{factor // 3:,} times as many steps take no longer; does the command use {{steps}}?")
+    return small * (1 + max(2, round(factor * seconds / extra)))
 
 
 def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: list[str]) -> str:
     """Markdown table: median steps per second, peak memory, and the median of the rounds' ratios to each baseline."""
+    speeds = {name: values for name, values in speeds.items() if values}
+    baselines = [name for name in baselines if name in speeds]
     lines = ["| command | steps/s, median | min-max | memory, MiB |" + "".join(f" vs {name} |" for name in baselines)]
     lines.append("|---|---|---|---|" + "---|" * len(baselines))
     for name, values in speeds.items():
+        # A command that failed has fewer rounds than the others: zip pairs those that both have.
         ratios = [statistics.median(a / b for a, b in zip(values, speeds[baseline])) for baseline in baselines]
         spread = f"{min(values):,.0f}-{max(values):,.0f}"
         cells = [name, f"{statistics.median(values):,.0f}", spread, f"{memory[name]:,.0f}"]
@@ -81,42 +114,92 @@ def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: l
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measures, prints the table, and writes the numbers if asked to."""
-    args = tyro.cli(Args)
-    ours = f"{PYTHON} {shlex.quote(str(ROOT / args.script))}.py --total-timesteps {{steps}} {args.flags}"
+def parse_peers(entries: list[str]) -> dict[str, str]:
+    """Commands of the peers by name; raises InputError."""
+    peers = {}
+    for entry in entries:
+        name, _, command = entry.partition("=")
+        if not name or "{steps}" not in command:
+            raise InputError(f"--peer must be NAME=COMMAND with {{steps}} in the command, not {entry!r}")
+        if name in peers:
+            raise InputError(f"two peers have the name {name}")
+        try:
+            shlex.split(command)
+        except ValueError as error:
+            raise InputError(f"--peer {name}: {error}") from error
+        peers[name] = command
+    return peers
+
+
+def all_commands(args: Args, peers: dict[str, str]) -> tuple[dict[str, str], dict[str, int]]:
+    """Commands of the peers and of our script by name, and the small number of steps of each; raises InputError."""
+    script = ROOT / f"{args.script}.py"
+    if not script.exists():
+        raise InputError(f"there is no script {script}")
+    if args.steps < 1 or args.rounds < 1 or args.seconds <= 0:
+        raise InputError("--steps, --rounds and --seconds must be above 0")
+    ours = f"{PYTHON} {shlex.quote(str(script))} --total-timesteps {{steps}} {args.flags}"
+    if not args.num_envs:
+        modes = [MODES[mode] for mode in args.modes]
+        commands = peers | {f"{args.script}.py {mode}".strip(): f"{ours} {mode}" for mode in modes}
+        return commands, dict.fromkeys(commands, args.steps)
     envs = f"{PYTHON} -m benchmark.env_only {args.script} --total-timesteps {{steps}} {args.flags}"
-    commands, base = dict(entry.split("=", 1) for entry in args.peer), {}
-    if args.num_envs:
-        for count in args.num_envs:
-            num_steps = args.batch_size // count if args.batch_size else 128
-            commands[f"{count} envs"] = f"{ours} --num-envs {count} --num-steps {num_steps}"
-            commands[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
-            base[f"{count} envs"] = base[f"{count} envs, environments alone"] = max(args.steps, 2 * num_steps * count)
-    else:
-        commands |= {f"{args.script}.py {mode}".strip(): f"{ours} {mode}" for mode in args.modes}
+    commands, small = dict(peers), dict.fromkeys(peers, args.steps)
+    for count in args.num_envs:
+        num_steps = args.batch_size // count if args.batch_size else 128
+        commands[f"{count} envs"] = f"{ours} --num-envs {count} --num-steps {num_steps}"
+        commands[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
+        small[f"{count} envs"] = small[f"{count} envs, environments alone"] = max(args.steps, 2 * num_steps * count)
+    return commands, small
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    path.with_name(f"{path.name}.tmp").write_text(text)
+    path.with_name(f"{path.name}.tmp").replace(path)
+
+
+def main(args: Args) -> int:
+    """Measures, prints the table, and writes table and numbers after every round if asked to."""
+    peers = parse_peers(args.peer)
+    commands, small = all_commands(args, peers)
+    baselines = list(peers) or list(commands)[: not args.num_envs]
+    large, failures = {}, {}
     speeds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0.0)
-    with tempfile.TemporaryDirectory() as directory:
-        large = {}
-        for name, command in commands.items():
-            small = base.setdefault(name, args.steps)
-            factor, start_up = 2, measure(command, small, directory)[0]
-            while (extra := measure(command, (1 + factor) * small, directory)[0] - start_up) < args.seconds / 3:
-                factor *= 3
-            large[name] = small * (1 + max(2, round(factor * args.seconds / extra)))
-        for round_number in range(1, args.rounds + 1):
-            for name, command in commands.items():
-                (long, memory[name]), (short, _) = (measure(command, n, directory) for n in (large[name], base[name]))
-                speeds[name].append((large[name] - base[name]) / (long - short))
-                print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
-    baselines = [entry.split("=", 1)[0] for entry in args.peer] or list(commands)[: not args.num_envs]
-    print(table(speeds, memory, baselines))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"python": platform.python_version(), "cores": os.cpu_count(), "small": base, "large": large}
-        args.output.write_text(json.dumps(facts | {"steps_per_second": speeds, "peak_mib": memory}, indent=1) + "\n")
 
+    def leave_out(name: str, error: Failed) -> None:
+        failures[name] = str(error)
+        print(f"{name} is left out: {error}", file=sys.stderr)
 
-if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as directory:
+        for name, command in commands.items():
+            try:
+                large[name] = large_steps(command, small[name], args.seconds, directory)
+            except Failed as error:
+                leave_out(name, error)
+        for round_number in range(1, args.rounds + 1):
+            for name in [name for name in commands if name not in failures]:
+                try:
+                    long, peak = measure(commands[name], large[name], directory)
+                    short, _ = measure(commands[name], small[name], directory)
+                    if long <= short:
+                        raise Failed(f"{large[name]:,} steps took no longer than {small[name]:,}; use longer --seconds")
+                except Failed as error:
+                    leave_out(name, error)
+                    continue
+                speeds[name].append((large[name] - small[name]) / (long - short))
+                memory[name] = max(memory[name], peak)
+                print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
+            if args.output:
+                facts = provenance() | {"commands": commands, "failures": failures, "small": small, "large": large}
+                facts |= {"steps_per_second": speeds, "peak_mib": memory}
+                write(args.output.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+                write(args.output.with_suffix(".md"), table(speeds, memory, baselines) + "\n")
+    if any(speeds.values()):
+        print(table(speeds, memory, baselines))
+    for name, message in failures.items():
+        print(f"{name} failed: {message}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,368 @@
+"""Draws a suite's learning curves beside those of the official code, and writes its table.
+
+    python -m benchmark plot classic                      # docs/img/classic.png and .svg, benchmark/results/classic.*
+    python -m benchmark plot mujoco --statistic iqm       # interquartile mean instead of mean
+    python -m benchmark plot atari --x hours              # over wall-clock time
+    python -m benchmark plot classic --metric losses/entropy
+
+A curve is the mean return of the last 100 episodes at the end of an update, as the official logger has it (eprewmean);
+other metrics that belong to updates are shown as they are. Curves are thinned out and written as CSV, and everything is
+drawn from that file: where there are no runs, the figure and the table come out of the CSV in this repository.
+
+Bands and intervals are 95% percentile-bootstrap intervals over seeds, for each environment by itself: the environments
+are the strata.
+"""
+
+import csv
+import functools
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import tyro
+from scipy import stats
+
+from benchmark.provenance import provenance
+from benchmark.suite import REFERENCE, ROOT, InputError, Suite, load_suite, read_metrics, similar, suite_runs
+
+RETURN = "charts/episodic_return"
+EPISODES = 100  # that a mean return is over
+POINTS = 122  # updates kept of each curve
+RESAMPLES = 2000  # of the bootstrap
+STATISTICS = {"mean": np.mean, "iqm": functools.partial(stats.trim_mean, proportiontocut=0.25)}
+STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean"}
+OURS, OFFICIAL, PUBLISHED = "#1763b8", "#e07b00", "#202020"
+
+
+@dataclass
+class Args:
+    """Draws a suite's learning curves, and prints its table."""
+
+    suite: tyro.conf.Positional[str]
+    """name of a suite in benchmark/suites, or a .toml file"""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """over seeds: the mean, or the interquartile mean, which leaves out the lowest and highest quarter"""
+    x: Literal["steps", "hours"] = "steps"
+    """over what the curves are drawn: environment steps, or hours of training"""
+    metric: str = RETURN
+    """what is drawn"""
+    runs_dir: Path | None = None
+    """where the run directories are; default: runs/SUITE"""
+    results: Path = ROOT / "benchmark" / "results"
+    """where the curves (CSV, with a JSON file saying where they come from) and the table are written"""
+    output: Path = ROOT / "docs" / "img"
+    """where the figure is written"""
+
+
+class Curve(NamedTuple):
+    """What one run has reached, update by update."""
+
+    steps: np.ndarray
+    hours: np.ndarray
+    values: np.ndarray  # nan before the first episode
+    part: float = 1.0  # of its training that the run has done
+
+    @property
+    def finished(self) -> bool:
+        """The run has been trained to its end."""
+        return self.part >= 1
+
+
+Curves = dict[str, dict[int, Curve]]  # by environment and seed
+
+
+def note(message: str) -> None:
+    """Says something about the data that the user should know."""
+    print(message, file=sys.stderr)
+
+
+def metric_by_update(columns: dict[str, np.ndarray], metric: str) -> np.ndarray:
+    """A metric's value for each update; for a metric of episodes the mean of the last 100, nan before the first."""
+    updates, values = np.isfinite(columns["charts/SPS"]), columns[metric]
+    episodes = np.isfinite(values) & ~updates
+    if not episodes.any():
+        return values[updates]
+    ended = episodes.cumsum()[updates]  # episodes by the end of each update
+    first = np.maximum(ended - EPISODES, 0)
+    sums = np.concatenate([[0], values[episodes].cumsum()])
+    means = np.full(len(ended), np.nan)
+    return np.divide(sums[ended] - sums[first], ended - first, out=means, where=ended > 0)
+
+
+def thin_out(length: int, points: int) -> np.ndarray:
+    """Indices of so many of all points, evenly spaced, with the first and the last one."""
+    return np.unique(np.linspace(0, length - 1, points).round().astype(int))
+
+
+def run_curve(columns: dict[str, np.ndarray], metric: str, part: float) -> Curve | None:
+    """The curve in a run's metrics, thinned out; None if it has none."""
+    if metric not in columns or "charts/SPS" not in columns:
+        return None
+    updates, values = np.isfinite(columns["charts/SPS"]), metric_by_update(columns, metric)
+    if not np.isfinite(values).any():
+        return None
+    keep = thin_out(len(values), POINTS)
+    return Curve(columns["global_step"][updates][keep], columns["wall_time"][updates][keep] / 3600, values[keep], part)
+
+
+def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float]]:
+    """The curves of all runs, and by run directory the part of its training that is done; raises InputError."""
+    runs, curves, names, parts = suite_runs(suite, runs_dir), defaultdict(dict), set(), {}
+    left_out = []
+    for job, state in runs.items():
+        try:
+            columns = read_metrics(state.path)
+        except OSError:
+            columns = {}
+        names |= columns.keys()
+        part = parts[state.path.name] = 1.0 if state.finished else state.global_step / max(state.total_steps, 1)
+        curve = run_curve(columns, metric, part if state.finished else min(part, 0.999))
+        if curve is None:
+            what = "no episode has ended" if metric == RETURN else f"there is no {metric}"
+            left_out.append(f"{state.path.name} is left out: {what} in it")
+            continue
+        curves[job.env_id][job.seed] = curve
+    if runs and not curves:
+        if metric in names | {RETURN}:
+            raise InputError(f"no run in {runs_dir} has an episode that ended")
+        raise InputError(f"no run has a metric {metric}{similar(metric, names) or f'; there are {sorted(names)}'}")
+    for message in left_out:
+        note(message)
+    for env_id in suite.env_ids if runs else ():
+        found = {job.seed for job in runs if job.env_id == env_id}
+        if missing := [seed for seed in suite.seeds if seed not in found]:
+            note(f"{env_id}: no run of seed {', '.join(map(str, missing))}")
+    return dict(curves), parts
+
+
+def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float]) -> None:
+    """Writes curves as CSV, and beside it as JSON where they come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"])
+        for env_id, seeds in curves.items():
+            for seed, curve in seeds.items():
+                for step, hours, value in zip(*curve[:3]):
+                    writer.writerow([env_id, seed, int(step), f"{value:.6g}", f"{hours:.6g}"])
+    unfinished = {
+        env: {s: round(c.part, 3) for s, c in seeds.items() if not c.finished} for env, seeds in curves.items()
+    }
+    facts = provenance() | {
+        "runs": sorted(parts),
+        "unfinished": {env: seeds for env, seeds in unfinished.items() if seeds},
+    }
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def read_curves(path: Path) -> Curves:
+    """Curves from a CSV; raises InputError if that cannot be read."""
+    rows = defaultdict(lambda: defaultdict(list))
+    try:
+        with open(path, newline="") as file:
+            for row in csv.reader(file):
+                if row[0] != "env_id":
+                    step, value, *hours = map(float, row[2:])
+                    rows[row[0]][int(row[1])].append((step, *(hours or [np.nan]), value))
+        sidecar = path.with_suffix(".json")
+        unfinished = json.loads(sidecar.read_text())["unfinished"] if sidecar.exists() else {}
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    return {
+        env_id: {
+            seed: Curve(*np.array(points).T, unfinished.get(env_id, {}).get(str(seed), 1.0))
+            for seed, points in seeds.items()
+        }
+        for env_id, seeds in rows.items()
+    }
+
+
+def interval(samples: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray]:
+    """95% bootstrap interval over seeds for samples [seeds, ...]; nan for one seed alone, which says nothing."""
+    if len(samples) < 2:
+        return np.full(samples.shape[1:], np.nan), np.full(samples.shape[1:], np.nan)
+    result = stats.bootstrap(
+        (samples,),
+        STATISTICS[statistic],
+        axis=0,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return result.confidence_interval
+
+
+def aggregate(curves: list[Curve], statistic: str, x: str) -> tuple[np.ndarray, ...]:
+    """x, statistic and interval of curves at common points, at each of those seeds that have got there.
+
+    Over hours, a run that has finished keeps its last value, so that slower seeds go on beside it.
+    """
+    points = [(getattr(curve, x)[ok], curve.values[ok], curve.finished) for curve in curves
+              for ok in [np.isfinite(curve.values)]]  # fmt: skip
+    grid = np.linspace(min(p[0][0] for p in points), max(p[0][-1] for p in points), POINTS)
+    keeps = [values[-1] if finished and x == "hours" else np.nan for _, values, finished in points]
+    values = np.array([np.interp(grid, p[0], p[1], np.nan, keep) for p, keep in zip(points, keeps)])
+    center, low, high = np.full((3, len(grid)), np.nan)
+    present = np.isfinite(values)
+    for mask in np.unique(present, axis=1).T:
+        if mask.any():
+            columns = (present == mask[:, None]).all(0)
+            samples = values[np.ix_(mask, columns)]
+            center[columns] = STATISTICS[statistic](samples, axis=0)
+            low[columns], high[columns] = interval(samples, statistic)
+    return grid, center, low, high
+
+
+def counted(number: int, what: str = "seed") -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def final_cells(curves: dict[int, Curve], statistic: str, form: str = ".1f") -> tuple[str, str, str]:
+    """Final value with its deviation and seeds, its 95% interval, and the runtime, as the table shows them.
+
+    Runs that are not finished count only where no run is.
+    """
+    finished = [curve for curve in curves.values() if curve.finished]
+    chosen = finished or list(curves.values())
+    if not chosen:
+        return "-", "-", "-"
+    finals = np.array([curve.values[-1] for curve in chosen])
+    low, high = (float(bound) for bound in interval(finals, statistic))
+    seeds = counted(len(chosen))
+    if not finished:
+        seeds += f", unfinished: {min(curve.part for curve in chosen):.0%} done"
+    elif others := len(curves) - len(finished):
+        seeds += f", {others} more unfinished"
+    deviation = f" +- {finals.std(ddof=1):{form}}" if len(finals) > 1 else ""
+    hours = np.mean([curve.hours[-1] for curve in chosen])
+    runtime = "-" if np.isnan(hours) else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    bounds = "-" if np.isnan(low) else f"{low:{form}} to {high:{form}}"
+    return f"{STATISTICS[statistic](finals):{form}}{deviation} ({seeds})", bounds, runtime
+
+
+def table(suite: Suite, ours: Curves, official: Curves, published: dict, args: Args) -> str:
+    """Markdown table of what was reached at the end."""
+    script, what = Path(suite.script).name, f"{STATISTIC_NAMES[args.statistic]} +- std"
+    form = ".1f" if args.metric == RETURN else ".4g"  # what is no return may be small
+    heads = ["environment", f"{script}: {what}", "95% interval"]
+    heads += [f"{suite.reference_label}: {what}", "95% interval"] * bool(official)
+    heads += [suite.published_label] * bool(published) + ["runtime"]
+    lines = [heads, ["---"] * len(heads)]
+    for env_id in suite.env_ids:
+        final, bounds, runtime = final_cells(ours.get(env_id, {}), args.statistic, form)
+        cells = [env_id, final, bounds]
+        cells += final_cells(official.get(env_id, {}), args.statistic)[:2] * bool(official)
+        cells += ["{} +- {}".format(*published[env_id]) if env_id in published else "-"] * bool(published)
+        lines.append([*cells, runtime])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+def legend_label(name: str, curves: Curves) -> str:
+    """A name with its number of seeds, and how many of them are unfinished."""
+    numbers = sorted({len(seeds) for seeds in curves.values() if seeds})
+    seeds = counted(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds"
+    unfinished = sum(not curve.finished for seeds in curves.values() for curve in seeds.values())
+    return f"{name}, {seeds}" + (f" ({counted(unfinished, 'run')} unfinished)" if unfinished else "")
+
+
+def draw(suite: Suite, ours: Curves, official: Curves, published: dict, args: Args, path: Path) -> None:
+    """Writes the figure as path.png and path.svg: one panel for each environment, one legend for all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    plt.rcParams.update({
+        "svg.hashsalt": "ppo37", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.color": "0.9", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": "0.4", "font.size": 11,
+        "axes.titlesize": 12, "axes.titleweight": "bold", "xtick.color": "0.3", "ytick.color": "0.3",
+    })  # fmt: skip
+    columns = min(len(suite.env_ids), 3)
+    rows = -(-len(suite.env_ids) // columns)
+    size = (max(4.2 * columns, 6), 3.3 * rows + 0.9)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    groups = [(Path(suite.script).name, ours, OURS, "-")]
+    if args.x == "steps":  # of the official code the time is not known
+        groups.append((suite.reference_label, official, OFFICIAL, "--"))
+    what = f"return, mean of {EPISODES} episodes" if args.metric == RETURN else args.metric
+    handles = {}
+    for index, axis in enumerate(axes.flat):
+        if index >= len(suite.env_ids):
+            axis.set_axis_off()
+            continue
+        env_id, ends = suite.env_ids[index], []
+        for name, curves, color, style in groups:
+            if not curves.get(env_id):
+                continue
+            x, center, low, high = aggregate(list(curves[env_id].values()), args.statistic, args.x)
+            axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            (line,) = axis.plot(x, center, style, color=color, linewidth=1.9)
+            handles[legend_label(name, curves)] = line
+            ends.append(x[-1])
+        if not ours.get(env_id):
+            axis.text(0.5, 0.5, "no runs yet", color="0.5", ha="center", transform=axis.transAxes)
+        if env_id in published and ends:
+            mean, deviation = published[env_id]
+            # A little to the right of the curves' end, so that it hides nothing.
+            handles[suite.published_label] = axis.errorbar(
+                [1.04 * max(ends)], [mean], [deviation], fmt="D", color=PUBLISHED, ms=5, capsize=4, linewidth=1.3
+            )
+        if np.ptp(axis.dataLim.intervaly) < 1e-6 and ends:  # a flat curve needs a scale of its own
+            middle = axis.dataLim.intervaly[0]
+            axis.set_ylim(middle - max(abs(middle) / 4, 1), middle + max(abs(middle) / 4, 1))
+        axis.set_title(env_id)
+        if index % columns == 0:
+            axis.set_ylabel(what)
+        if index + columns >= len(suite.env_ids):
+            axis.set_xlabel(suite.steps_label if args.x == "steps" else "hours of training")
+        if args.x == "steps":
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="both", nbins=6)
+    statistic = STATISTIC_NAMES[args.statistic]
+    figure.suptitle(f"{suite.title}: {statistic} and 95% bootstrap interval over seeds", fontsize=12, color="0.25")
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"{path}.png", dpi=110, metadata={"Software": None})
+    figure.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def main(args: Args) -> int:
+    """Writes CSV, figure and table, and prints the table."""
+    suite = load_suite(args.suite)
+    runs_dir = args.runs_dir or suite.runs_dir
+    suffix = "" if args.metric == RETURN else "_" + args.metric.replace("/", "-")
+    data = args.results / f"{suite.name}{suffix}.csv"
+    ours, parts = collect(suite, runs_dir, args.metric)
+    if ours:
+        write_curves(data, ours, args.metric, parts)
+    elif data.exists():
+        note(f"no runs in {runs_dir}: drawing from {data}")
+    else:
+        raise InputError(f"no runs of suite {suite.name} in {runs_dir}, and no {data}; start them with: "
+                         f"python -m benchmark run {args.suite}")  # fmt: skip
+    ours = read_curves(data)
+    for env_id, seeds in ours.items():
+        for seed, curve in seeds.items():
+            if not curve.finished:
+                note(f"{env_id} seed {seed} is unfinished: {curve.part:.0%} of its steps are done")
+    if args.x == "hours" and all(np.isnan(c.hours).all() for seeds in ours.values() for c in seeds.values()):
+        raise InputError(f"{data} does not say how long the runs took")
+    comparable = args.metric == RETURN
+    official = read_curves(REFERENCE / suite.reference) if suite.reference and comparable else {}
+    official = {env_id: seeds for env_id, seeds in official.items() if env_id in suite.env_ids}
+    published = suite.published if comparable else {}
+    name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
+    text = table(suite, ours, official, published, args)
+    (args.results / f"{name}.md").write_text(text + "\n")
+    draw(suite, ours, official, published, args, args.output / (name + "_hours" * (args.x == "hours")))
+    print(text)
+    return 0

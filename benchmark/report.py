@@ -1,0 +1,92 @@
+"""Makes one interactive page of all runs of suites: any metric of any run, smoothed, toggled and compared.
+
+    python -m benchmark report classic mujoco --output report.html
+
+The page is one file that needs no network: data, plotly.js and the few lines that connect the controls to it
+(benchmark/report.html). Episodes' metrics are shown as the mean of the last 100 at each update.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import tyro
+from plotly.colors import qualitative
+
+from benchmark.plot import RETURN, metric_by_update, thin_out
+from benchmark.suite import InputError, load_suite, read_metrics, suite_runs
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+POINTS = 250  # of each curve, as long as there are few
+ALL_POINTS = 40_000  # of one metric in all runs together, so that a page of hundreds of runs stays quick
+
+
+@dataclass
+class Args:
+    """Makes one interactive HTML page of all runs of suites."""
+
+    suites: tyro.conf.Positional[list[str]]
+    """names of suites in benchmark/suites, or .toml files"""
+    runs_dir: Path | None = None
+    """where the run directories are; default: runs/SUITE for each suite"""
+    output: Path = Path("runs/report.html")
+    """the page"""
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+    """Five digits of each value; null where there is none."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
+
+
+def load_runs(args: Args) -> list[dict]:
+    """What the page knows of each run; raises InputError if there is none."""
+    suites = [load_suite(name) for name in dict.fromkeys(args.suites)]
+    found = [(suite, *item) for suite in suites for item in suite_runs(suite, args.runs_dir or suite.runs_dir).items()]
+    scripts = Counter(Path(suite.script).name for suite in suites)
+    points, runs = int(np.clip(ALL_POINTS // max(len(found), 1), 30, POINTS)), []
+    for suite, job, state in found:
+        try:
+            columns = read_metrics(state.path)
+        except OSError:
+            columns = {}
+        if "charts/SPS" not in columns:
+            print(f"{state.path.name} is left out: it has not done an update", file=sys.stderr)
+            continue
+        updates, script = np.isfinite(columns["charts/SPS"]), Path(suite.script).name
+        keep = thin_out(updates.sum(), points)
+        metrics = {
+            name: metric_by_update(columns, name)[keep] for name in columns.keys() - {"global_step", "wall_time"}
+        }
+        runs.append({
+            "name": state.path.name, "env": job.env_id, "seed": str(job.seed), "suite": suite.name,
+            "script": script if scripts[script] == 1 else f"{script} ({suite.name})",
+            "status": "" if state.finished else "unfinished",
+            "steps": columns["global_step"][updates][keep].astype(int).tolist(),
+            "hours": numbers(columns["wall_time"][updates][keep] / 3600),
+            "metrics": {name: numbers(values) for name, values in sorted(metrics.items())},
+        })  # fmt: skip
+    if not runs:
+        raise InputError(f"no runs of {', '.join(suite.name for suite in suites)} in "
+                         f"{args.runs_dir or ', '.join(str(suite.runs_dir) for suite in suites)}")  # fmt: skip
+    return runs
+
+
+def page(runs: list[dict]) -> str:
+    """The HTML."""
+    figure = go.Figure().to_html(include_plotlyjs=True, full_html=False, div_id="figure", config={"responsive": True})
+    data = {"runs": runs, "first_metric": RETURN, "colors": qualitative.D3}
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no name can end the script element
+    return TEMPLATE.read_text().replace("<!-- FIGURE -->", figure).replace("/* DATA */", text)
+
+
+def main(args: Args) -> int:
+    """Writes the page."""
+    runs = load_runs(args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(page(runs))
+    print(f"{args.output}: {len(runs)} runs, {args.output.stat().st_size / 2**20:.1f} MiB")
+    return 0

@@ -1,0 +1,410 @@
+"""Runs a suite: starts what is missing, resumes what was interrupted, and skips what is finished.
+
+    python -m benchmark run classic                            # as many runs at a time as there are cores
+    python -m benchmark run mujoco --workers 2 --seeds 1 2 3
+    python -m benchmark run atari --launcher slurm --slurm partition=gpu gpus_per_node=1 cpus_per_task=8
+
+Everything that must survive is in files: run directories say how far each run has got, and a lock for each job, which
+the training itself holds, says whether it is running. So anything may be killed at any time, this program too (its runs
+then go on), and the same command picks up what is left, also beside another one like it.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent import futures
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs
+
+POLL = 1.0  # seconds between two looks at the runs; drawing the table of 15 runs takes 13 ms
+GRACE = 60  # seconds that a run has to write a checkpoint before it is killed
+TAIL_LINES = 10  # of a failed run's log, shown at the end
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "elsewhere": "magenta"}
+
+
+@dataclass
+class Args:
+    """Runs a suite: starts what is missing, resumes what was interrupted, skips what is finished."""
+
+    suite: tyro.conf.Positional[str]
+    """name of a suite in benchmark/suites, or a .toml file"""
+    workers: int | None = None
+    """runs at the same time; default: as many as there are cores"""
+    seeds: list[int] | None = None
+    """instead of the suite's seeds"""
+    launcher: Literal["local", "slurm"] = "local"
+    """where the runs are started: on this machine, or as a job array on a Slurm cluster"""
+    slurm: list[str] = field(default_factory=list)
+    """NAME=VALUE for Slurm, with submitit's names: partition, time (minutes), cpus_per_task, gpus_per_node, mem, ..."""
+    dry_run: bool = False
+    """only say what would be started"""
+    runs_dir: Path | None = None
+    """where the run directories are; default: runs/SUITE"""
+    extra: str = ""
+    """flags for the script beside the suite's, in one string: --extra='--total-timesteps 100000'"""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def take_lock(path: Path) -> int | None:
+    """Locks a file; returns its descriptor, or None if it is locked already.
+
+    The lock belongs to the open file: it lasts until every process that has inherited the descriptor has closed it or
+    died, and needs no cleaning up. The file stays, for removing it would let two processes lock two files of one name.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock."""
+    if not path.exists():
+        return False
+    descriptor = take_lock(path)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is None
+
+
+class Task:
+    """A job and what becomes of it."""
+
+    def __init__(self, job: Job, runs_dir: Path):
+        self.job, self.runs_dir = job, runs_dir
+        self.lock = runs_dir / ".locks" / job.name
+        self.log = runs_dir / "logs" / f"{job.name}.log"
+        self.log_start = 0  # where this attempt begins in the log
+        self.status = "waiting"  # then running, and then finished, failed, stopped or elsewhere (run by others)
+        self.note = ""  # why it failed, or what was odd
+        self.interrupted = False  # the run stopped before its end, and not because of stop()
+        self.known: set[Path] = set()  # run directories that were there before
+        self.state: RunState | None = None  # of the run directory at hand
+        self.process: subprocess.Popen | None = None
+        self.stopping, self.guard = False, threading.RLock()
+
+    def __str__(self) -> str:
+        return f"{self.job.env_id} seed {self.job.seed}"
+
+    def run(self, threads: int) -> None:
+        """Trains the job to its end, unless others do. Whatever goes wrong becomes its status: it never raises."""
+        try:
+            descriptor = take_lock(self.lock)
+            if descriptor is None:
+                time.sleep(0.1)  # is_locked() of another harness has it for a moment
+                descriptor = take_lock(self.lock)
+            if descriptor is None:
+                self.status = "elsewhere"
+                return
+            try:
+                self.train(threads, descriptor)
+            finally:
+                os.close(descriptor)
+        except Exception as error:
+            self.status, self.note = "failed", f"{type(error).__name__}: {error}"
+
+    def train(self, threads: int, descriptor: int) -> None:
+        """Resumes the run that got furthest, or starts a new one, and judges how it ended."""
+        while not self.stopping:
+            states = [run_state(path) for path in find_runs(self.runs_dir, self.job)]
+            self.known = {state.path for state in states}
+            if finished := [state for state in states if state.finished]:
+                self.state, self.status = finished[-1], "finished"
+                return
+            resumable = [state for state in states if state.has_checkpoint]
+            self.state = max(resumable, key=lambda state: state.global_step, default=None)
+            self.status = "running"
+            code = self.start(threads, descriptor)
+            if self.state and code == 2 and self.is_unusable():
+                self.set_aside()
+                continue
+            self.look()
+            break
+        if self.stopping:
+            self.status = "finished" if self.state and self.state.finished else "stopped"
+        elif code == 0 and self.state and self.state.finished:
+            self.status = "finished"
+        else:
+            self.status, reason = "failed", f"exit code {code}"
+            if code < 0:
+                reason = f"killed by {signal.Signals(-code).name}"
+            elif code == 0:
+                self.interrupted = True
+                reason = "stopped before its end by a signal that did not come from here"
+            self.note = f"{self.note}; {reason}" if self.note else reason
+
+    def command(self) -> list[str]:
+        """The command line that trains it."""
+        script, job = [sys.executable, str(ROOT / self.job.script)], self.job
+        if self.state:
+            return [*script, "--resume", str(self.state.path)]
+        where = ["--env-id", job.env_id, "--seed", str(job.seed), "--runs-dir", str(self.runs_dir)]
+        return [*script, *where, *job.flags]
+
+    def start(self, threads: int, descriptor: int) -> int:
+        """Runs the command and returns its exit code."""
+        environment = os.environ | dict.fromkeys(THREADS, str(threads))
+        with open(self.log, "ab") as log:
+            log.write(f"$ {shlex.join(self.command())}\n".encode())
+            log.flush()
+            self.log_start = log.tell()
+            with self.guard:
+                if self.stopping:
+                    return 0
+                # In a session of its own a terminal's Ctrl-C does not reach the run: stop() does, and only once, for a
+                # second signal kills. It inherits the lock, and keeps it if this process dies. It inherits blocked
+                # signals too: Slurm sends SIGUSR2 to all processes, but only submitit's knows what that means.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+                try:
+                    self.process = subprocess.Popen(
+                        self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                        pass_fds=[descriptor], start_new_session=True,
+                    )  # fmt: skip
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        return self.process.wait()
+
+    def stop(self, number: int) -> None:
+        """Sends a signal to the run, or keeps it from being started."""
+        with self.guard:
+            self.stopping = True
+            if self.process and self.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
+
+    def tail(self) -> list[str]:
+        """The last lines of this attempt's log."""
+        with contextlib.suppress(OSError), open(self.log, "rb") as log:
+            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 8192))
+            return log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return []
+
+    def is_unusable(self) -> bool:
+        """Whether the script refused to resume because of what is in the run directory."""
+        last = next(iter(self.tail()[-1:]), "")
+        return "checkpoint.pt: " in last or "is not a run directory" in last
+
+    def set_aside(self) -> None:
+        """Renames the run directory, so that the job starts anew but nothing is lost."""
+        aside = self.state.path.with_name(f"{self.state.path.name}.broken")
+        self.state.path.rename(aside)
+        self.note = f"{self.state.path.name} cannot be resumed and is now {aside}; started anew"
+
+    def look(self) -> None:
+        """Reads what the run has reached, once its directory is there."""
+        if self.state:
+            self.state = run_state(self.state.path)
+        elif new := set(find_runs(self.runs_dir, self.job)) - self.known:
+            self.state = run_state(max(new))
+
+
+class Display:
+    """Shows tasks: a live table on a terminal, else a line for each change and now and then the progress."""
+
+    def __init__(self, tasks: list[Task], title: str, every: float = 30):
+        self.tasks, self.title, self.every, self.console = tasks, title, every, Console()
+        self.shown, self.reported = {task: task.status for task in tasks}, time.monotonic()
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+
+    def __enter__(self):
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.update()
+        if self.live:
+            self.live.stop()
+
+    def update(self) -> None:
+        """Reads the progress of what is running, and shows it."""
+        for task in self.tasks:
+            if task.status in ("running", "elsewhere"):
+                task.look()
+        if self.live:
+            self.live.update(self.table(), refresh=True)
+            return
+        due = time.monotonic() - self.reported > self.every
+        for task in self.tasks:
+            if task.status != self.shown[task] or due and task.status in ("running", "elsewhere"):
+                print(f"{task}: {', '.join(filter(None, progress(task)))}", flush=True)
+                self.shown[task] = task.status
+        if due:
+            self.reported = time.monotonic()
+
+    def table(self) -> Table:
+        """All tasks, those first that something can be said about."""
+        counts = Counter(task.status for task in self.tasks)
+        caption = ", ".join(f"{number} {status}" for status, number in counts.items()) + f" of {len(self.tasks)}"
+        left = [task for task in self.tasks if task.status in ("running", "waiting", "elsewhere")]
+        states = [task.state for task in left if task.state and task.status != "waiting" and task.state.total_steps]
+        if states and (speed := sum(state.sps for state in states if state.sps > 0)):
+            steps = len(left) * states[0].total_steps - sum(state.global_step for state in states)
+            caption += f"; about {clock(steps / speed)} left"
+        table = Table("environment", "seed", "status", "steps", "steps/s", "return", "left", title=self.title)
+        table.caption, table.caption_justify = caption, "left"
+        order = ["running", "elsewhere", "failed", "stopped", "waiting", "finished"]
+        for task in sorted(self.tasks, key=lambda task: order.index(task.status)):
+            status, *cells = progress(task)
+            style = STYLES.get(task.status, "")
+            table.add_row(task.job.env_id, str(task.job.seed), f"[{style}]{status}[/]" if style else status, *cells)
+        return table
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def progress(task: Task) -> tuple[str, str, str, str, str]:
+    """Status, steps, speed, mean return and time left of a task, as text; empty where nothing is known."""
+    state = task.state
+    if not state or not state.total_steps:
+        return task.status, "", "", "", ""
+    steps = f"{state.global_step:,}/{state.total_steps:,}"
+    speed = "" if math.isnan(state.sps) else f"{state.sps:,.0f} steps/s"
+    mean_return = "" if math.isnan(state.mean_return) else f"return {state.mean_return:.1f}"
+    left = ""
+    if task.status in ("running", "elsewhere") and state.sps > 0:
+        left = f"{clock((state.total_steps - state.global_step) / state.sps)} left"
+    return task.status, steps, speed, mean_return, left
+
+
+class Stop:
+    """Ctrl-C, SIGTERM and the terminal's end, while it is entered: asked for once, and urgent the second time."""
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __enter__(self):
+        self.count = 0
+        self.handlers = {number: signal.signal(number, self.request) for number in self.numbers}
+        return self
+
+    def request(self, number: int, frame) -> None:
+        """Handles a signal."""
+        self.count += 1
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
+    """Runs tasks on this machine; returns whether it was told to stop before the end."""
+    threads = max(1, cores() // workers)
+    with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool:
+        pending = {pool.submit(task.run, threads) for task in tasks}
+        deadline = math.inf
+        while pending or any(task.status == "elsewhere" for task in tasks):
+            if pending:
+                pending = futures.wait(pending, POLL).not_done
+            else:
+                time.sleep(POLL)
+            if stop.count and deadline == math.inf:
+                deadline = time.monotonic() + GRACE
+                for task in tasks:
+                    task.stop(signal.SIGTERM)
+            if stop.count > 1 or time.monotonic() > deadline:
+                for task in tasks:
+                    task.stop(signal.SIGKILL)
+            for task in tasks:
+                if task.status == "elsewhere" and stop.count:
+                    task.status = "waiting"  # others go on with it
+                elif task.status == "elsewhere" and not is_locked(task.lock):
+                    task.status = "waiting"  # the others have ended; what they have left undone is done here
+                    pending.add(pool.submit(task.run, threads))
+            display.update()
+    return stop.count > 0
+
+
+def prepare(runs_dir: Path) -> None:
+    """Creates the directory with what the harness keeps there; raises InputError where nothing can be written."""
+    try:
+        for name in (".locks", "logs"):
+            (runs_dir / name).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=runs_dir).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {runs_dir}: {error}") from error
+
+
+def plan(task: Task) -> str:
+    """What is to be done for a task, in words."""
+    if task.state and task.state.finished:
+        return f"{task}: finished ({task.state.path})"
+    if is_locked(task.lock):
+        return f"{task}: running already"
+    if task.state and task.state.has_checkpoint:
+        return f"{task}: resume {task.state.path} at step {task.state.global_step:,} of {task.state.total_steps:,}"
+    return f"{task}: start"
+
+
+def summarize(tasks: list[Task], stopped: bool) -> int:
+    """Says how it ended, with the end of each failed run's log; returns the exit code."""
+    counts = Counter(task.status for task in tasks)
+    for task in tasks:
+        if task.status == "failed":
+            print(f"\n{task} failed: {task.note} ({task.log})", *task.tail(), sep="\n    ")
+        elif task.note:
+            print(f"\n{task}: {task.note}")
+    rest = {status: number for status, number in counts.items() if status != "finished"}
+    print(f"{counts['finished']} of {len(tasks)} finished" + "".join(f", {n} {status}" for status, n in rest.items()))
+    if stopped or rest:
+        print("The same command goes on with what is not finished.")
+    return 130 if stopped else 1 if rest else 0
+
+
+def main(args: Args) -> int:
+    """Runs a suite; returns the exit code: 0 if all of it is finished, 1 if anything failed, 130 if stopped."""
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, not {args.workers}")
+    try:
+        extra = shlex.split(args.extra)
+    except ValueError as error:
+        raise InputError(f"--extra: {error}") from error
+    suite = load_suite(args.suite, extra)
+    runs_dir = (args.runs_dir or suite.runs_dir).resolve()
+    states = suite_runs(suite, runs_dir, args.seeds)
+    tasks = [Task(job, runs_dir) for job in suite.jobs(args.seeds)]
+    for task in tasks:
+        task.state = states.get(task.job)
+        if task.state and task.state.finished:
+            task.status = "finished"
+    if args.dry_run:
+        print("\n".join(map(plan, tasks)))
+        return 0
+    prepare(runs_dir)
+    todo = [task for task in tasks if task.status != "finished"]
+    display = Display(tasks, suite.title)
+    if args.launcher == "slurm" and todo:
+        from benchmark.slurm import run_slurm
+
+        stopped = run_slurm(todo, suite, runs_dir, args.slurm, args.workers, display)
+    else:
+        stopped = run_local(todo, min(args.workers or cores(), max(1, len(todo))), display)
+    return summarize(tasks, stopped)

@@ -1,0 +1,341 @@
+"""Suites, their jobs, and the run directories that belong to them.
+
+A suite is a TOML file: one script with one group of settings, trained in several environments with several seeds. A job
+is one environment and one seed of it. A run is a directory that a script has written for a job. Nothing here imports a
+script: its settings are read from its source, and what a run has reached from the end of its metrics.jsonl.
+"""
+
+import ast
+import difflib
+import functools
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ROOT / "benchmark" / "suites"
+REFERENCE = ROOT / "benchmark" / "reference"
+TAIL = 16 * 1024  # bytes at the end of metrics.jsonl that tell what a run has reached
+BY_HARNESS = {"env_id", "seed", "runs_dir", "resume", "evaluate"}  # settings that a suite's flags must leave alone
+# Settings that do not change what a run learns: runs that differ in them belong together.
+FREE = BY_HARNESS | {"track", "wandb_project_name", "wandb_entity", "capture_video", "checkpoint_interval"}
+FREE |= {"eval_episodes", "eval_deterministic"}
+
+
+class InputError(Exception):
+    """Something the user gave cannot work: reported in one line, with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: an environment and a seed."""
+
+    script: str  # relative to the repository, or absolute
+    env_id: str
+    seed: int
+    flags: tuple[str, ...]
+    exp_name: str
+
+    @property
+    def name(self) -> str:
+        """What the names of its run directories start with."""
+        return re.sub(r"[^\w.-]", "-", f"{self.env_id}__{self.exp_name}__{self.seed}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one figure shows."""
+
+    name: str
+    title: str
+    script: str
+    env_ids: tuple[str, ...]
+    seeds: tuple[int, ...]
+    flags: tuple[str, ...] = ()
+    reference: str | None = None  # file in benchmark/reference with curves of the official code
+    reference_label: str = "official code"
+    published: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and deviation of the final return
+    published_label: str = "article"
+    steps_label: str = "environment steps"
+    settings: dict = field(default_factory=dict)  # what config.json of its runs must say, without what is FREE
+    exp_name: str = ""
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where its run directories are unless the user says otherwise."""
+        return Path("runs") / self.name
+
+    def jobs(self, seeds: Iterable[int] | None = None) -> list[Job]:
+        """All jobs; every environment's first seed comes before any one's second."""
+        chosen = dict.fromkeys(self.seeds if seeds is None else seeds)
+        return [Job(self.script, env, seed, self.flags, self.exp_name) for seed in chosen for env in self.env_ids]
+
+
+def similar(word: str, words: Iterable[str], prefix: str = "") -> str:
+    """A question whether one of the words was meant, or nothing."""
+    close = difflib.get_close_matches(word, list(words), cutoff=0.5)
+    return f"; did you mean {' or '.join(prefix + match for match in close)}?" if close else ""
+
+
+@functools.cache
+def script_settings(path: Path) -> dict[str, tuple[str, object]]:
+    """Type and default of each setting of a script, read from its source; a default that is no literal is None."""
+    try:
+        tree = ast.parse(path.read_text())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"), None)
+    if body is None:
+        raise InputError(f"{path} has no class Args")
+    settings = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            default = None
+            if isinstance(node.value, ast.Name) and node.value.id == "SCRIPT":
+                default = path.stem
+            elif isinstance(node.value, ast.Constant | ast.UnaryOp):
+                default = ast.literal_eval(node.value)
+            settings[node.target.id] = (ast.unparse(node.annotation), default)
+    return settings
+
+
+def parse_flags(flags: Iterable[str], known: dict[str, tuple[str, object]], script: str) -> dict:
+    """The settings that flags give a script; raises InputError for flags that it does not have."""
+    given, words = {}, list(flags)
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        name = word.removeprefix("--").replace("-", "_")
+        off = name.removeprefix("no_")
+        kind = known.get(name, known.get(off, ("", None)))[0]
+        if not word.startswith("--") or not kind or (name not in known and kind != "bool"):
+            options = [setting.replace("_", "-") for setting in known]
+            raise InputError(f"{script} has no flag {word}{similar(word.removeprefix('--'), options, '--')}")
+        if off in BY_HARNESS:
+            raise InputError(f"{word} cannot be one of the flags: the harness sets it")
+        if kind == "bool":
+            if equals:
+                raise InputError(f"{word} takes no value")
+            given[name if name in known else off] = name in known
+            continue
+        if not equals and not words:
+            raise InputError(f"{word} needs a value")
+        value = value if equals else words.pop(0)
+        convert = {"int": int, "float": float}.get(kind.split(" |")[0], str)
+        try:
+            given[name] = None if value == "None" and "None" in kind else convert(value)
+        except ValueError:
+            raise InputError(f"{word} needs a value of type {kind}, not {value!r}") from None
+    return given
+
+
+def list_of(kind, value: object) -> bool:
+    """Whether this is a list of that type."""
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def different(kind, value: object) -> bool:
+    """Whether this is a list of that type that has something in it, but nothing twice."""
+    return list_of(kind, value) and 0 < len(value) == len(set(value))
+
+
+def text(value: object) -> bool:
+    """Whether this is a string that says something."""
+    return isinstance(value, str) and bool(value)
+
+
+# What a suite's file may hold: for each key a check, and what it expects.
+KEYS = {
+    "title": (text, "a string"),
+    "script": (text, "a string"),
+    "env_ids": (lambda value: different(str, value), "a list of different strings"),
+    "seeds": (lambda value: different(int, value) and min(value) >= 0, "a list of different whole numbers from 0"),
+    "flags": (lambda value: list_of(str, value), "a list of strings"),
+    "reference": (text, "a string"),
+    "reference_label": (text, "a string"),
+    "published": (
+        lambda value: (
+            isinstance(value, dict) and all(list_of(int | float, pair) and len(pair) == 2 for pair in value.values())
+        ),
+        "a table of [mean, standard deviation]",
+    ),
+    "published_label": (text, "a string"),
+    "steps_label": (text, "a string"),
+}
+
+
+def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
+    """The suite of that name, or in that file, with flags added to its own; raises InputError if it is no good."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = SUITES / f"{name_or_path}.toml"
+        names = sorted(file.stem for file in SUITES.glob("*.toml"))
+        if name_or_path not in names:
+            hint = similar(name_or_path, names) or f"; there are {', '.join(names)}, or give a .toml file"
+            raise InputError(f"there is no suite {name_or_path}{hint}")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the suite {path}: {' '.join(str(error).split())}") from error
+    for key, value in table.items():
+        if key not in KEYS:
+            raise InputError(f"{path}: unknown key {key}{similar(key, KEYS)}")
+        check, expected = KEYS[key]
+        if not check(value):
+            raise InputError(f"{path}: {key} must be {expected}, not {value!r}")
+    if missing := [key for key in ("title", "script", "env_ids", "seeds") if key not in table]:
+        raise InputError(f"{path}: {' and '.join(missing)} missing")
+    if unknown := [env_id for env_id in table.get("published", {}) if env_id not in table["env_ids"]]:
+        raise InputError(f"{path}: published has {', '.join(unknown)}, which env_ids has not")
+    if "reference" in table and not (REFERENCE / table["reference"]).is_file():
+        raise InputError(f"{path}: there is no {REFERENCE / table['reference']}")
+
+    # A script beside the suite's file comes before one of this repository.
+    beside = path.resolve().parent / table["script"]
+    script = beside if beside.is_file() else ROOT / table["script"]
+    if not script.is_file():
+        raise InputError(f"{path}: its script {table['script']} does not exist")
+    known = script_settings(script)
+    table["flags"] = (*table.get("flags", ()), *extra_flags)
+    settings = {name: default for name, (_, default) in known.items()}
+    settings |= parse_flags(table["flags"], known, script.name)
+    table["script"] = str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)
+    table["env_ids"], table["seeds"] = tuple(table["env_ids"]), tuple(table["seeds"])
+    table["published"] = {env_id: tuple(pair) for env_id, pair in table.get("published", {}).items()}
+    exp_name = settings.get("exp_name") or script.stem
+    settings = {name: value for name, value in settings.items() if name not in FREE}
+    return Suite(name=path.stem, settings=settings, exp_name=exp_name, **table)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run directory says about its run."""
+
+    path: Path
+    config: dict  # empty if config.json is missing or broken
+    global_step: int  # of the last line of metrics.jsonl
+    total_steps: int  # that the run is meant to reach; 0 if config.json does not say
+    wall_time: float  # seconds of training, also before it was resumed
+    sps: float  # steps per second since it was started or resumed; nan before the first update
+    mean_return: float  # of the last episodes, 100 at most; nan before the first one
+    updated: bool  # the last line is that of an update
+    has_checkpoint: bool
+
+    @property
+    def finished(self) -> bool:
+        """It has been trained to its end."""
+        return self.updated and self.global_step >= self.total_steps > 0
+
+    @property
+    def status(self) -> str:
+        """finished, interrupted (it can be resumed, unless it is still running) or no checkpoint."""
+        return "finished" if self.finished else "interrupted" if self.has_checkpoint else "no checkpoint"
+
+
+def scan_runs(runs_dir: Path) -> dict[str, list[Path]]:
+    """All run directories, oldest first, by the names of their jobs."""
+    found = []
+    try:
+        for entry in os.scandir(runs_dir):
+            name, _, created = entry.name.rpartition("__")
+            if created.isdecimal() and entry.is_dir():
+                found.append((int(created), name, Path(entry.path)))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"cannot read {runs_dir}: {error}") from error
+    runs = {}
+    for _, name, path in sorted(found):
+        runs.setdefault(name, []).append(path)
+    return runs
+
+
+def find_runs(runs_dir: Path, job: Job) -> list[Path]:
+    """The run directories of a job, oldest first. For many jobs scan_runs is faster."""
+    return scan_runs(runs_dir).get(job.name, [])
+
+
+def parse_line(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None if it is being written, or was torn."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def run_state(run_dir: Path) -> RunState:
+    """Reads config.json and the end of metrics.jsonl; what is missing or broken there counts as not reached."""
+    try:
+        config = json.loads((run_dir / "config.json").read_bytes())
+        batch = config["num_envs"] * config["num_steps"]
+        total = config["total_timesteps"] // batch * batch
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        config, total = {}, 0
+    try:
+        with open(run_dir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            tail = file.read()
+    except OSError:
+        tail = b""
+    row = next(filter(None, map(parse_line, reversed(tail.splitlines()))), {})
+    updates = re.findall(rb'"charts/SPS": (\d+)', tail)
+    returns = [float(value) for value in re.findall(rb'"charts/episodic_return": ([-+.\de]+)', tail)[-100:]]
+    return RunState(
+        path=run_dir,
+        config=config,
+        global_step=row.get("global_step", 0),
+        total_steps=total,
+        wall_time=row.get("wall_time", 0.0),
+        sps=float(updates[-1]) if updates else math.nan,
+        mean_return=sum(returns) / len(returns) if returns else math.nan,
+        updated="charts/SPS" in row,
+        has_checkpoint=(run_dir / "checkpoint.pt").exists(),
+    )
+
+
+def differences(suite: Suite, config: dict) -> list[str]:
+    """In what a run's settings differ from the suite's; one that its script did not have yet counts as the default."""
+    defaults = script_settings(ROOT / suite.script)
+    pairs = {name: (config.get(name, defaults[name][1]), value) for name, value in suite.settings.items()}
+    return [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+
+
+def suite_runs(suite: Suite, runs_dir: Path, seeds: Iterable[int] | None = None) -> dict[Job, RunState]:
+    """The run of each job that has any: the newest finished one, else the one that got furthest.
+
+    Raises InputError if a run has other settings than the suite: one figure must not mix them.
+    """
+    runs, chosen = scan_runs(runs_dir), {}
+    for job in suite.jobs(seeds):
+        states = [run_state(path) for path in reversed(runs.get(job.name, []))]
+        for state in states:
+            if state.config and (different := differences(suite, state.config)):
+                raise InputError(
+                    f"mixed configurations: {state.path} has {', '.join(different)} (suite {suite.name}); "
+                    "move it away, or give another --runs-dir"
+                )
+        if states:
+            chosen[job] = max(states, key=lambda state: (state.finished, 0 if state.finished else state.global_step))
+    return chosen
+
+
+def read_metrics(run_dir: Path) -> dict[str, np.ndarray]:
+    """metrics.jsonl by column: a float64 array for each name, as long as the file has lines.
+
+    Lines of episodes and of updates have different names; what a line does not have, or has as null, is nan.
+    """
+    data = (run_dir / "metrics.jsonl").read_bytes()
+    try:  # one call for the whole file takes a third of the time
+        rows = json.loads(b"[" + data.strip().replace(b"\n", b",") + b"]")
+    except ValueError:
+        rows = map(parse_line, data.splitlines())
+    rows = [row for row in rows if isinstance(row, dict)]
+    names = dict.fromkeys(name for shape in {tuple(row) for row in rows} for name in shape)
+    return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}

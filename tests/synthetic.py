@@ -1,0 +1,41 @@
+"""Suites and run directories with known contents, made without training."""
+
+import json
+from pathlib import Path
+
+BATCH = 512  # samples in one rollout of ppo.py
+
+
+def make_suite(folder: Path, env_ids=("A-v0", "B-v0"), seeds=(1, 2, 3), updates=20, name="made", **entries) -> Path:
+    """Writes a suite of ppo.py; returns its file."""
+    table = {"title": "Made up", "script": "ppo.py", "env_ids": list(env_ids), "seeds": list(seeds)}
+    table |= {"flags": ["--total-timesteps", str(updates * BATCH)]} | entries
+    published = table.pop("published", {})
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    lines += ["[published]"] * bool(published) + [
+        f"{json.dumps(env)} = {list(pair)}" for env, pair in published.items()
+    ]
+    (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
+    return folder / f"{name}.toml"
+
+
+def make_run(runs_dir: Path, env_id: str, seed: int, returns, total=20, episodes=True, entropy=0.5, **settings) -> Path:
+    """Writes the run directory of ppo.py with an update for each of the returns.
+
+    In each update, which takes 36 seconds, one episode ends with that return; without episodes none ever does.
+    """
+    path = runs_dir / f"{env_id}__ppo__{seed}__{1_700_000_000 + seed}"
+    path.mkdir(parents=True)
+    config = {"env_id": env_id, "seed": seed, "num_envs": 4, "num_steps": 128, "total_timesteps": total * BATCH}
+    (path / "config.json").write_text(json.dumps(config | {"compile": False} | settings))
+    with open(path / "metrics.jsonl", "w") as file:
+        for update, value in enumerate(returns, start=1):
+            time = {"wall_time": 36.0 * update}
+            episode = {"charts/episodic_return": float(value), "charts/episodic_length": 10}
+            losses = {"losses/entropy": entropy, "losses/explained_variance": None if update == 1 else 0.5}
+            step = {"global_step": update * BATCH}
+            if episodes:
+                file.write(json.dumps({"global_step": update * BATCH - 100} | time | episode) + "\n")
+            file.write(json.dumps(step | time | losses | {"charts/SPS": 1000}) + "\n")
+    (path / "checkpoint.pt").touch()
+    return path

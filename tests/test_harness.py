@@ -1,0 +1,603 @@
+"""The benchmark's suites and its runner: what it reads, what it starts, and what survives which accident.
+
+Accidents happen to a script that stands for a training (stand_in.py), which costs a tenth of a second; the last tests
+do the same to ppo.py.
+"""
+
+import importlib
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import benchmark.run
+from benchmark import suite
+from benchmark.__main__ import main
+from benchmark.suite import InputError, load_suite, read_metrics, run_state, scan_runs, suite_runs
+
+WAIT = 300  # seconds after which a test gives up; a busy machine takes long to start a process
+STAND_IN = ROOT / "tests" / "stand_in.py"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark.run, "POLL", 0.05)
+
+
+def write_suite(*env_ids: str, seeds=(1,), script=STAND_IN, flags=()) -> str:
+    """Writes suite.toml and returns its path."""
+    lines = {"title": "A suite", "script": str(script), "env_ids": env_ids, "seeds": seeds, "flags": flags}
+    lines = {key: list(value) if isinstance(value, tuple) else value for key, value in lines.items()}
+    Path("suite.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    return "suite.toml"
+
+
+def run(*words: str) -> int:
+    """python -m benchmark run suite.toml, in this process."""
+    return main(["run", "suite.toml", *words])
+
+
+def runs() -> dict[str, list[Path]]:
+    """All run directories of the suite by job."""
+    return scan_runs(Path("runs/suite"))
+
+
+def steps(path: Path) -> list[int]:
+    """global_step of all updates."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["global_step"] for row in rows if "charts/SPS" in row]
+
+
+def assert_complete(*jobs: str, batch: int = 8, updates: int = 8) -> None:
+    """Each of these jobs, and nothing else, has one run directory, in which each update is there once."""
+    found = runs()
+    assert sorted(found) == sorted(jobs)
+    for (path,) in found.values():
+        assert steps(path) == [batch * n for n in range(1, updates + 1)]
+
+
+class Harness:
+    """The harness in a process of its own; its output goes to a file."""
+
+    def __init__(self, *words: str, output: str = "output"):
+        self.output = Path(output)
+        command = [sys.executable, "-m", "benchmark", "run", "suite.toml", *words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(self.output, "wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    def wait_for(self, condition) -> None:
+        """Waits until condition() is true."""
+        deadline = time.monotonic() + WAIT
+        while not condition():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output.read_text()
+            time.sleep(0.02)
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """Sends a signal, if any; returns the exit code."""
+        if number:
+            self.process.send_signal(number)
+        return self.process.wait(WAIT)
+
+
+def reached(env_id: str, step: int = 24):
+    """Whether the run of this environment is at that step, as a function."""
+    return lambda: any(run_state(p).global_step >= step for p in Path("runs/suite").glob(f"{env_id}__*__*"))
+
+
+def trainings() -> list[int]:
+    """Numbers of the processes that train in this test's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if b"--runs-dir" in words + [b"--runs-dir"] * (b"--resume" in words):
+                if Path(os.readlink(path / "cwd")) == Path.cwd() and b"benchmark" not in words:
+                    found.append(int(path.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+# What suites say
+
+
+def test_suites_of_the_repository():
+    for path in suite.SUITES.glob("*.toml"):
+        if path.stem == "lstm" and not (ROOT / "ppo_lstm.py").exists():
+            with pytest.raises(InputError, match=r"lstm.toml: its script ppo_lstm.py does not exist$"):
+                load_suite("lstm")
+            continue
+        loaded = load_suite(path.stem)
+        jobs = loaded.jobs()
+        assert len({job.name for job in jobs}) == len(loaded.env_ids) * len(loaded.seeds) == len(jobs)
+        assert loaded.runs_dir == Path("runs") / path.stem
+
+
+def test_jobs():
+    write_suite("module:Env-v0", "ALE/Pong-v5", seeds=(3, 1), flags=("--exp-name", "trial"))
+    jobs = load_suite("suite.toml").jobs()
+    assert [(job.env_id, job.seed) for job in jobs[1:3]] == [("ALE/Pong-v5", 3), ("module:Env-v0", 1)]
+    assert jobs[0].name == "module-Env-v0__trial__3"  # as the script names its run directory
+    assert [job.seed for job in load_suite("suite.toml").jobs([7, 7])] == [7, 7]  # one for each environment
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_continuous", "ppo_atari"])
+def test_settings_are_read_as_the_script_has_them(name):
+    script = importlib.import_module(name)
+    settings = suite.script_settings(Path(script.__file__))
+    assert {name: default for name, (_, default) in settings.items()} == asdict(script.Args())
+
+
+FLAGS = ["--compile", "--no-norm-adv", "--total-timesteps=2_000", "--learning-rate", "1e-3", "--target-kl", "0.1"]
+
+
+@pytest.mark.parametrize("flags", [FLAGS, ["--target-kl", "None", "--exp_name=a b", "--ent-coef", "0"]])
+def test_flags_mean_what_they_mean_to_the_script(flags):
+    settings = load_suite("classic", flags).settings
+    expected = asdict(importlib.import_module("ppo").parse_args(["--compile", *flags]))
+    assert settings == {name: value for name, value in expected.items() if name not in suite.FREE}
+
+
+BAD_SUITES = [
+    ("title = ", "Invalid value"),
+    ("", "title and script and env_ids and seeds missing"),
+    ('titel = "a"', "unknown key titel; did you mean title?"),
+    ("title = 3", "title must be a string, not 3"),
+    ('env_ids = "CartPole-v1"', "env_ids must be a list of different strings, not 'CartPole-v1'"),
+    ("env_ids = []", "env_ids must be a list of different strings"),
+    ('seeds = ["1"]', "seeds must be a list of different whole numbers from 0"),
+    ("seeds = [1, 1]", "seeds must be a list of different whole numbers from 0"),
+    ("seeds = [true]", "seeds must be a list of different whole numbers from 0"),
+    ("seeds = [-1]", "seeds must be a list of different whole numbers from 0"),
+    ('flags = "--compile"', "flags must be a list of strings"),
+    ('script = "nope.py"', "its script nope.py does not exist"),
+    ('script = "README.md"', "cannot read"),
+    ('script = "tests/conftest.py"', "has no class Args"),
+    ('reference = "nope.csv"', "there is no"),
+    ("published = {CartPole-v1 = 3}", "published must be a table of [mean, standard deviation]"),
+    ("published = {Pong = [3, 1]}", "published has Pong, which env_ids has not"),
+    ('flags = ["--compil"]', "ppo.py has no flag --compil; did you mean --compile?"),
+    ('flags = ["--no-gamma"]', "ppo.py has no flag --no-gamma"),
+    ('flags = ["compile"]', "ppo.py has no flag compile"),
+    ('flags = ["--gamma"]', "--gamma needs a value"),
+    ('flags = ["--num-envs", "many"]', "--num-envs needs a value of type int, not 'many'"),
+    ('flags = ["--norm-adv=1"]', "--norm-adv takes no value"),
+    ('flags = ["--seed", "3"]', "--seed cannot be one of the flags: the harness sets it"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_SUITES)
+def test_bad_suite(text, message, capsys):
+    good = {"title": '"A"', "script": '"ppo.py"', "env_ids": '["CartPole-v1"]', "seeds": "[1]"} if text else {}
+    lines = [f"{key} = {value}" for key, value in good.items() if not text.startswith(f"{key} =")]
+    Path("suite.toml").write_text("\n".join([*lines, text]))
+    assert run() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmark run: error: ")
+    assert message in line
+    assert os.listdir() == ["suite.toml"]
+
+
+BAD_COMMANDS = [
+    ("rum classic", "there is no command rum; did you mean run?"),
+    ("run clasic", "there is no suite clasic; did you mean classic?"),
+    ("run xyz", "there is no suite xyz; there are atari, classic, lstm, mujoco, smoke, or give a .toml file"),
+    ("run xyz.toml", "cannot read the suite xyz.toml: "),
+    ("run classic --workers 0", "--workers must be at least 1, not 0"),
+    ("run classic --workers x", "--workers"),
+    ("run classic --wrokers 2", "Unrecognized options: --wrokers"),
+    ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma or --gae?"),
+    ("run classic --extra='", "--extra: No closing quotation"),
+    ("run", "Missing"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_COMMANDS)
+def test_bad_command_line(words, message, capsys):
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not os.listdir()
+
+
+def test_help(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert "python -m benchmark COMMAND" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--help"])
+    assert not stop.value.code
+    assert "--launcher {local,slurm}" in capsys.readouterr().out
+
+
+# What run directories say
+
+
+def write_run(name: str, config: dict, rows: list[dict], checkpoint: bool = True) -> Path:
+    """Writes a run directory."""
+    path = Path("runs/suite") / name
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if checkpoint:
+        (path / "checkpoint.pt").touch()
+    return path
+
+
+EPISODE = {"global_step": 6, "wall_time": 0.5, "charts/episodic_return": 3.5, "charts/episodic_length": 3}
+UPDATE = {"global_step": 8, "wall_time": 0.6, "charts/SPS": 100, "losses/explained_variance": None}
+CONFIG = {"num_envs": 2, "num_steps": 4, "total_timesteps": 23}
+
+
+def test_run_state():
+    later = [row | {"global_step": row["global_step"] + 8} for row in (EPISODE, UPDATE)]
+    finished = run_state(write_run("A__x__1__1", CONFIG, [EPISODE, UPDATE, *later]))
+    assert (finished.status, finished.global_step, finished.total_steps, finished.sps) == ("finished", 16, 16, 100)
+    assert (finished.mean_return, finished.wall_time) == (3.5, 0.6)
+    states = {"interrupted": True, "no checkpoint": False}
+    for number, (status, checkpoint) in enumerate(states.items()):
+        state = run_state(write_run(f"B__x__1__{number}", CONFIG, [EPISODE, UPDATE, later[0]], checkpoint))
+        assert (state.status, state.global_step) == (status, 14)
+    # The last episode of a run is logged before its last update.
+    assert not run_state(write_run("C__x__1__1", CONFIG, [EPISODE | {"global_step": 16}])).finished
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"num_envs": "x"}', '{"num_envs": 0, "num_steps": 0}', "\xff"])
+def test_broken_config(config):
+    path = write_run("A__x__1__1", {}, [UPDATE])
+    (path / "config.json").write_text(config, encoding="latin-1")
+    state = run_state(path)
+    assert (state.status, state.total_steps, state.global_step) == ("interrupted", 0, 8)
+
+
+def test_empty_directory():
+    Path("A__x__1__1").mkdir()
+    state = run_state(Path("A__x__1__1"))
+    assert (state.status, state.global_step, state.total_steps) == ("no checkpoint", 0, 0)
+    assert math.isnan(state.mean_return) and math.isnan(state.sps)
+
+
+@pytest.mark.parametrize("torn", [b'{"global_step": 9, "wall', b"\0" * 100, b"\n", b"3\n"])
+def test_torn_metrics(torn):
+    """The last line may be torn, by a full disk for example: what stands before it counts."""
+    path = write_run("A__x__1__1", CONFIG, [EPISODE, UPDATE])
+    with open(path / "metrics.jsonl", "ab") as file:
+        file.write(torn)
+    assert run_state(path).global_step == 8
+    assert read_metrics(path)["global_step"].tolist() == [6, 8]
+
+
+def test_read_metrics():
+    columns = read_metrics(write_run("A__x__1__1", CONFIG, [EPISODE, UPDATE, EPISODE | UPDATE]))
+    assert columns.keys() == EPISODE.keys() | UPDATE.keys()
+    np.testing.assert_array_equal(columns["charts/episodic_return"], [3.5, np.nan, 3.5])
+    np.testing.assert_array_equal(columns["charts/SPS"], [np.nan, 100, 100])
+    assert np.isnan(columns["losses/explained_variance"]).all()
+    assert read_metrics(write_run("B__x__1__1", CONFIG, [])) == {}
+
+
+def settings(**changes) -> dict:
+    """config.json of a run of the suite at hand."""
+    return load_suite("suite.toml").settings | {"env_id": "A", "seed": 1, "runs_dir": "r"} | changes
+
+
+def test_which_run_counts():
+    """The newest finished run, else the one that got furthest."""
+    write_suite("A", "B", "C", flags=("--total-timesteps", "8"))
+    rows = [EPISODE, UPDATE]
+    for number, length in enumerate((2, 0, 2, 1), 1):
+        write_run(f"A__stand_in__1__{number}", settings(), rows[:length])
+        write_run(f"B__stand_in__1__{number}", settings(), rows[: min(length, 1) if number == 1 else 0])
+    write_run("A__stand_in__1__old", settings(gamma=0), rows)  # not a run directory's name
+    chosen = suite_runs(load_suite("suite.toml"), Path("runs/suite"))
+    assert {job.env_id: state.path.name for job, state in chosen.items()} == {
+        "A": "A__stand_in__1__3",
+        "B": "B__stand_in__1__1",
+    }
+
+
+def test_mixed_configurations(capsys):
+    write_suite("A", flags=("--total-timesteps", "8"))
+    write_run("A__stand_in__1__1", settings(track=True, checkpoint_interval=7), [EPISODE, UPDATE])
+    assert run() == 0  # these make no difference to learning
+    write_run("A__stand_in__1__2", settings(gamma=0.5), [EPISODE, UPDATE])
+    capsys.readouterr()
+    assert run() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mixed configurations: " in line and "A__stand_in__1__2 has gamma 0.5 instead of 0.99 (suite suite)" in line
+
+
+@pytest.mark.slow
+def test_ten_thousand_run_directories():
+    """1.0 s on an idle machine with 2 cores; it must be below 5 s there."""
+    rows = [EPISODE] * 20 + [UPDATE]
+    write_suite("A", seeds=tuple(range(10_000)))
+    config = settings()
+    for seed in range(10_000):
+        write_run(f"A__stand_in__{seed}__1", config, rows)
+    loaded, start = load_suite("suite.toml"), time.process_time()
+    assert len(suite_runs(loaded, Path("runs/suite"))) == 10_000
+    assert time.process_time() - start < 5
+
+
+# What is started
+
+
+def test_run(capsys):
+    """Everything once; what is finished is left alone; a missing seed is filled in later."""
+    write_suite("Good-v0", "Other-v0")
+    assert run("--dry-run") == 0
+    assert capsys.readouterr().out == "Good-v0 seed 1: start\nOther-v0 seed 1: start\n"
+    assert os.listdir() == ["suite.toml"]
+    assert run("--workers", "2") == 0
+    assert_complete("Good-v0__stand_in__1", "Other-v0__stand_in__1")
+    output = capsys.readouterr().out
+    assert "Good-v0 seed 1: finished, 64/64, 100 steps/s, return 4.5\n" in output
+    assert output.endswith("2 of 2 finished\n")
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*/*") if path.is_file()}
+    assert run() == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert run("--seeds", "2", "1") == 0
+    names = [f"{env}-v0__stand_in__{seed}" for env in ("Good", "Other") for seed in (1, 2)]
+    assert_complete(*names)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert run("--dry-run", "--seeds", "1") == 0
+    assert "Good-v0 seed 1: finished (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 6), (4, 1), (2, 3), (9, 1)])
+def test_threads(monkeypatch, workers, threads):
+    """The workers share the cores."""
+    monkeypatch.setattr(benchmark.run, "cores", lambda: 6)
+    write_suite(*(f"{letter}-v0" for letter in "ABCDEFGHI"))
+    assert run("--workers", str(workers)) == 0
+    assert Path("runs/suite/logs/A-v0__stand_in__1.log").read_text().endswith(f"\n{threads} threads\n")
+
+
+def test_crash(capsys):
+    """A crash hides no other run, and its log is shown; the next time the run is resumed."""
+    write_suite("Good-v0", "Crash-v0", "Other-v0")
+    assert run("--workers", "1") == 1
+    output = capsys.readouterr().out
+    assert "Crash-v0 seed 1 failed: exit code 1 (" in output
+    assert "    RuntimeError: the pole is on fire\n" in output
+    assert "2 of 3 finished, 1 failed\n" in output
+    assert "Good-v0 seed 1: finished" in output and "Other-v0 seed 1: finished" in output
+    assert run("--dry-run") == 0
+    assert re.search(r"Crash-v0 seed 1: resume \S+ at step 16 of 64\n", capsys.readouterr().out)
+    Path("go").touch()
+    assert run() == 0
+    assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Good", "Crash", "Other")))
+
+
+def test_a_script_that_cannot_start(capsys):
+    write_suite("Good-v0", script="broken.py")
+    Path("broken.py").write_text("class Args:\n    seed: int = 1\n\nimport no_such_module\n")
+    assert run() == 1
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["checkpoint.pt", "config.json"])
+def test_run_that_cannot_be_resumed(broken, capsys):
+    """It is said, the run is kept under another name, and the job starts anew."""
+    write_suite("Crash-v0", "Good-v0")
+    assert run() == 1
+    (path,) = runs()["Crash-v0__stand_in__1"]
+    (path / broken).write_text("not what it was")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    Path("go").touch()
+    capsys.readouterr()
+    assert run() == 0
+    assert_complete("Crash-v0__stand_in__1", "Good-v0__stand_in__1")
+    output = capsys.readouterr().out
+    aside = path.with_name(f"{path.name}.broken")
+    assert f"Crash-v0 seed 1: {path.name} cannot be resumed and is now {aside.resolve()}; started anew\n" in output
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+
+
+def test_run_without_a_checkpoint():
+    """It was killed before it had written one: it starts anew."""
+    write_suite("Good-v0")
+    Path("runs/suite/Good-v0__stand_in__1__1").mkdir(parents=True)
+    assert run() == 0
+    empty, path = runs()["Good-v0__stand_in__1"]
+    assert not list(empty.iterdir()) and len(steps(path)) == 8
+
+
+@pytest.mark.parametrize("runs_dir", ["file", "file/inside"])
+def test_directory_that_cannot_be_written(runs_dir, capsys):
+    write_suite("Good-v0")
+    Path("file").touch()
+    assert run("--runs-dir", runs_dir) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmark run: error: cannot ") and runs_dir in line
+
+
+def test_directory_without_permission(capsys, monkeypatch):
+    """As on a file system that is mounted read-only."""
+    write_suite("Good-v0")
+    monkeypatch.setattr(benchmark.run.tempfile, "TemporaryFile", read_only)
+    assert run() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"cannot write to \S+/runs/suite: \[Errno 30\] Read-only file system", line)
+
+
+def read_only(dir):
+    """Fails as a read-only file system does."""
+    raise OSError(30, "Read-only file system")
+
+
+# Accidents
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGKILL, "killed by SIGKILL"),
+        (signal.SIGTERM, "stopped before its end by a signal that did not come from here"),
+    ],
+)
+def test_worker_is_killed(number, reason):
+    write_suite("Wait-v0", "Good-v0")
+    harness = Harness("--workers", "2")
+    harness.wait_for(lambda: reached("Wait-v0")() and reached("Good-v0", 64)() and len(trainings()) == 1)
+    (process,) = trainings()
+    os.kill(process, number)
+    assert harness.end() == 1
+    output = harness.output.read_text()
+    assert f"Wait-v0 seed 1 failed: {reason} (" in output
+    assert "1 of 2 finished, 1 failed\n" in output
+    Path("go").touch()
+    assert run() == 0
+    assert_complete("Wait-v0__stand_in__1", "Good-v0__stand_in__1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_harness_is_stopped(number):
+    """It stops its runs, which write checkpoints, and starts no others."""
+    write_suite("Wait-v0", "Good-v0")
+    harness = Harness("--workers", "1")
+    harness.wait_for(reached("Wait-v0"))
+    assert harness.end(number) == 130
+    assert trainings() == []
+    assert "0 of 2 finished, 2 stopped\n" in harness.output.read_text()
+    assert list(runs()) == ["Wait-v0__stand_in__1"]
+    Path("go").touch()
+    assert run() == 0
+    assert_complete("Wait-v0__stand_in__1", "Good-v0__stand_in__1")
+
+
+def test_a_second_signal_kills():
+    write_suite("Deaf-v0")
+    harness = Harness()
+    harness.wait_for(reached("Deaf-v0"))
+    harness.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert harness.process.poll() is None and len(trainings()) == 1
+    assert harness.end(signal.SIGINT) == 130
+    assert trainings() == []
+
+
+def test_harness_is_killed():
+    """Its runs go on; the next harness does not start them again, and takes over what they leave."""
+    write_suite("Wait-v0", "Deaf-v0", "Good-v0")
+    harness = Harness("--workers", "2")
+    harness.wait_for(lambda: reached("Wait-v0")() and reached("Deaf-v0")())
+    assert harness.end(signal.SIGKILL) == -signal.SIGKILL
+    left = trainings()
+    assert len(left) == 2
+    harness = Harness("--workers", "2", output="second")
+    harness.wait_for(reached("Good-v0", 64))
+    harness.wait_for(lambda: harness.output.read_text().count("elsewhere") >= 2)
+    assert trainings() == left
+    (process,) = [p for p in left if b"Wait-v0" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(process, signal.SIGKILL)  # the second harness resumes it, while the other one goes on by itself
+    harness.wait_for(lambda: len(trainings()) == 2 and process not in trainings())
+    Path("go").touch()
+    assert harness.end() == 0
+    assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Wait", "Deaf", "Good")))
+
+
+def test_two_harnesses_at_once():
+    write_suite("Wait-v0", "Good-v0", "Other-v0", seeds=(1, 2))
+    both = [Harness("--workers", "2", output=name) for name in ("first", "second")]
+    for harness in both:
+        harness.wait_for(lambda harness=harness: "elsewhere" in harness.output.read_text() or reached("Other-v0", 64)())
+    Path("go").touch()
+    assert [harness.end() for harness in both] == [0, 0]
+    assert_complete(*(f"{env}-v0__stand_in__{seed}" for env in ("Wait", "Good", "Other") for seed in (1, 2)))
+    logs = Counter(line for log in Path("runs/suite/logs").iterdir() for line in log.read_text().splitlines())
+    commands = {line: count for line, count in logs.items() if line.startswith("$")}
+    assert len(commands) == 6 and set(commands.values()) == {1}
+
+
+def test_table():
+    """On a terminal there is a live table."""
+    write_suite("Good-v0", "Crash-v0")
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "benchmark", "run", "suite.toml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    output = b""
+    while select.select([parent], [], [], WAIT)[0]:
+        try:
+            output += os.read(parent, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(parent)
+    assert process.wait(WAIT) == 1
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
+    last = text[text.rindex("A suite") :]
+    assert re.search(r"Crash-v0 +│ 1 +│ failed +│ 16/64 +│ 100 steps/s +│ return 1.5 +│", last)
+    assert re.search(r"Good-v0 +│ 1 +│ finished +│ 64/64 +│ 100 steps/s +│ return 4.5 +│", last)
+    assert "the pole is on fire" in last
+
+
+# The same with ppo.py
+
+EXPLODING = """
+import os
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+
+class Exploding(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 400 and not os.path.exists("go"):
+            raise RuntimeError("the pole is on fire")
+        return super().step(action)
+
+
+gym.register("Exploding-v0", Exploding, max_episode_steps=500)
+"""
+SMALL = ("--total-timesteps", "2560", "--num-envs", "2", "--num-steps", "64", "--checkpoint-interval", "1")
+
+
+def test_accidents_of_ppo(capsys):
+    """A crash in the middle, a broken checkpoint and a run that is finished already."""
+    Path("exploding.py").write_text(EXPLODING)
+    write_suite("exploding:Exploding-v0", "CartPole-v1", script="ppo.py", flags=SMALL)
+    assert run("--workers", "1") == 1
+    output = capsys.readouterr().out
+    assert "exploding:Exploding-v0 seed 1 failed: exit code 1" in output
+    assert "    RuntimeError: the pole is on fire\n" in output
+    Path("go").touch()
+    finished = runs()["CartPole-v1__ppo__1"][0] / "metrics.jsonl"
+    before = finished.read_bytes()
+    (broken,) = runs()["exploding-Exploding-v0__ppo__1"]
+    (broken / "checkpoint.pt").write_bytes((broken / "checkpoint.pt").read_bytes()[:1000])
+    assert run() == 0
+    assert f"{broken.name} cannot be resumed" in capsys.readouterr().out
+    assert_complete("exploding-Exploding-v0__ppo__1", "CartPole-v1__ppo__1", batch=128, updates=20)
+    assert finished.read_bytes() == before
+
+
+def test_ctrl_c_and_resuming_of_ppo():
+    """Stopped and resumed, it has every update once."""
+    write_suite("CartPole-v1", script="ppo.py", flags=("--total-timesteps", "25600", *SMALL[2:]))
+    harness = Harness()
+    harness.wait_for(reached("CartPole-v1", 128))
+    assert harness.end(signal.SIGINT) == 130
+    ((path,),) = runs().values()
+    assert 0 < len(steps(path)) < 200
+    assert run() == 0
+    assert_complete("CartPole-v1__ppo__1", batch=128, updates=200)

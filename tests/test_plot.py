@@ -1,0 +1,211 @@
+"""Curves, statistics, tables and figures of runs with known contents."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic import BATCH, make_run, make_suite
+
+from benchmark import plot
+from benchmark.__main__ import main as benchmark
+from benchmark.plot import Curve
+from benchmark.suite import InputError, read_metrics
+
+RNG = np.random.default_rng(1)
+
+
+@pytest.fixture
+def draw(tmp_path, capsys):
+    """Plots a suite of tmp_path with its runs; returns table rows by environment, and what was said on stderr."""
+
+    def run(suite, **settings):
+        folders = {"runs_dir": tmp_path / "runs", "results": tmp_path / "results", "output": tmp_path / "img"}
+        assert plot.main(plot.Args(str(suite), **(folders | settings))) == 0
+        out, err = capsys.readouterr()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+        return {row[0]: row[1:] for row in rows}, err
+
+    return run
+
+
+def curve(values, steps=None, part=1.0) -> Curve:
+    """A curve whose steps are 1, 2, 3 and so on, and hours a tenth of that."""
+    steps = np.arange(1.0, len(values) + 1) if steps is None else np.asarray(steps, float)
+    return Curve(steps, steps / 10, np.asarray(values, float), part)
+
+
+def test_curve_is_the_mean_of_the_last_100_episodes(tmp_path):
+    returns = RNG.normal(size=300)
+    columns = read_metrics(make_run(tmp_path, "A-v0", 1, returns))
+    values = plot.metric_by_update(columns, plot.RETURN)
+    expected = [returns[max(0, update - 100) : update].mean() for update in range(1, 301)]
+    np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-12)
+    drawn = plot.run_curve(columns, plot.RETURN, 1.0)
+    assert len(drawn.steps) == plot.POINTS
+    assert (drawn.steps[0], drawn.steps[-1]) == (BATCH, 300 * BATCH)
+    assert drawn.values[-1] == values[-1]
+    assert drawn.hours[-1] == pytest.approx(3)
+
+
+def test_curve_before_the_first_episode():
+    """Updates without an episode so far have no value; then all episodes so far count."""
+    nan = np.nan
+    columns = {"charts/SPS": [9, nan, nan, 9, 9, nan, 9], plot.RETURN: [nan, 2, 4, nan, nan, 9, nan]}
+    values = plot.metric_by_update({name: np.array(column, float) for name, column in columns.items()}, plot.RETURN)
+    np.testing.assert_array_equal(values, [nan, 3, 3, 5])
+
+
+@pytest.mark.parametrize("statistic", ["mean", "iqm"])
+def test_statistics_equal_scipy(statistic):
+    """What is drawn at each point is what scipy says about the seeds there."""
+    values = RNG.normal(size=(8, plot.POINTS))
+    _, center, low, high = plot.aggregate([curve(row) for row in values], statistic, "steps")
+    for column in (0, 60, plot.POINTS - 1):
+        seeds = values[:, column]
+        if statistic == "mean":
+            expected, function = seeds.mean(), np.mean
+        else:
+            expected = np.sort(seeds)[2:6].mean()  # the middle half
+            function = lambda x, axis: stats.trim_mean(x, 0.25, axis=axis)  # noqa: E731
+        assert center[column] == pytest.approx(expected)
+        bounds = stats.bootstrap((seeds,), function, method="percentile", n_resamples=20_000).confidence_interval
+        width = bounds.high - bounds.low
+        assert low[column] == pytest.approx(bounds.low, abs=0.06 * width)
+        assert high[column] == pytest.approx(bounds.high, abs=0.06 * width)
+
+
+def test_unequal_lengths():
+    """At each point those seeds count that have got there; over hours a finished run keeps its last value."""
+    curves = [curve([0] * 10), curve([1] * 20), curve([2] * 4, part=0.2)]
+    x, center, low, high = plot.aggregate(curves, "mean", "steps")
+    assert (x[0], x[-1]) == (1, 20)
+    np.testing.assert_allclose(center, np.select([x <= 4, x <= 10], [1, 0.5], 1))
+    assert np.isnan(low[x > 10]).all() and np.isfinite(low[x <= 10]).all()
+    _, center, _, _ = plot.aggregate(curves, "mean", "hours")
+    np.testing.assert_allclose(center, np.where(x <= 4, 1, 0.5))
+
+
+def test_one_seed_has_no_interval():
+    _, center, low, high = plot.aggregate([curve([1, 2, 3])], "mean", "steps")
+    assert (center[0], center[-1]) == (1, 3)
+    assert np.isnan(low).all() and np.isnan(high).all()
+    assert plot.final_cells({1: curve([1, 2, 3])}, "mean") == ("3.0 (1 seed)", "-", "18.0 min")
+
+
+def test_table_figure_and_data(draw, tmp_path):
+    suite = make_suite(tmp_path, published={"A-v0": [7, 2]}, reference="classic.csv", env_ids=["A-v0", "CartPole-v1"])
+    for seed, final in ((1, 10), (2, 20), (3, 60)):
+        make_run(tmp_path / "runs", "A-v0", seed, [final] * 20)
+        make_run(tmp_path / "runs", "CartPole-v1", seed, [5] * 20)
+    rows, err = draw(suite)
+    assert err == ""
+    assert rows["environment"] == ["ppo.py: mean +- std", "95% interval", "official code: mean +- std", "95% interval",
+                                   "article", "runtime"]  # fmt: skip
+    bounds = stats.bootstrap(([10, 20, 60],), np.mean, method="percentile", n_resamples=2000).confidence_interval
+    expected = f"{bounds.low:.1f} to {bounds.high:.1f}"
+    assert rows["A-v0"] == ["30.0 +- 26.5 (3 seeds)", expected, "-", "-", "7 +- 2", "12.0 min"]
+    assert rows["CartPole-v1"][:2] == ["5.0 +- 0.0 (3 seeds)", "5.0 to 5.0"]
+    assert rows["CartPole-v1"][2] == "488.0 +- 5.6 (4 seeds)"
+    assert rows["CartPole-v1"][4] == "-"
+    table = (tmp_path / "results/made.md").read_text()
+    assert table.startswith("| environment | ppo.py: mean +- std | 95% interval |") and "|---|---|" in table
+    lines = (tmp_path / "results/made.csv").read_text().splitlines()
+    assert lines[0] == "env_id,seed,global_step,return_mean_100,hours"
+    assert lines[1] == "A-v0,1,512,10,0.01"
+    assert len(lines) == 1 + 2 * 3 * 20
+    facts = json.loads((tmp_path / "results/made.json").read_text())
+    assert facts["commit"] and facts["machine"] and facts["versions"]["numpy"] == np.__version__
+    assert len(facts["runs"]) == 6 and facts["unfinished"] == {}
+    # Without the runs, and whenever it is drawn, the figure is the same to the last bit.
+    files = {path: path.read_bytes() for path in (tmp_path / "img").iterdir()}
+    assert {path.name for path in files} == {"made.png", "made.svg"}
+    again, err = draw(suite, runs_dir=tmp_path / "nothing", output=tmp_path / "again")
+    assert again == rows
+    assert "drawing from" in err
+    for path, contents in files.items():
+        assert (tmp_path / "again" / path.name).read_bytes() == contents
+
+
+def test_what_is_missing_or_unfinished_is_said(draw, tmp_path):
+    suite = make_suite(tmp_path, seeds=[1, 2, 3, 4], env_ids=["A-v0", "B-v0", "C-v0"])
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
+    make_run(tmp_path / "runs", "A-v0", 2, [50] * 8)
+    make_run(tmp_path / "runs", "A-v0", 4, [0] * 20, episodes=False)
+    make_run(tmp_path / "runs", "B-v0", 1, [4] * 5)
+    (make_run(tmp_path / "runs", "B-v0", 2, [4]) / "metrics.jsonl").unlink()
+    rows, err = draw(suite, x="hours", statistic="iqm")
+    assert rows["A-v0"] == ["3.0 (1 seed, 1 more unfinished)", "-", "12.0 min"]
+    assert rows["B-v0"] == ["4.0 (1 seed, unfinished: 25% done)", "-", "3.0 min"]
+    assert rows["C-v0"] == ["-", "-", "-"]
+    assert rows["environment"][0] == "ppo.py: interquartile mean +- std"
+    assert err.splitlines() == [
+        "B-v0__ppo__2__1700000002 is left out: no episode has ended in it",
+        "A-v0__ppo__4__1700000004 is left out: no episode has ended in it",
+        "A-v0: no run of seed 3",
+        "B-v0: no run of seed 3, 4",
+        "C-v0: no run of seed 1, 2, 3, 4",
+        "A-v0 seed 2 is unfinished: 40% of its steps are done",
+        "B-v0 seed 1 is unfinished: 25% of its steps are done",
+    ]
+    assert {path.name for path in (tmp_path / "img").iterdir()} == {"made_iqm_hours.png", "made_iqm_hours.svg"}
+    # The CSV alone knows it too.
+    again, err = draw(suite, x="hours", statistic="iqm", runs_dir=tmp_path / "nothing")
+    assert again == rows
+    assert "A-v0 seed 2 is unfinished: 40%" in err
+
+
+def test_other_metrics(draw, tmp_path):
+    """Metrics of updates are drawn as they are, without reference and article; null has no value."""
+    suite = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1, 2], reference="classic.csv", published={"A-v0": [7, 2]})
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", "A-v0", seed, [3] * 20, entropy=seed / 10)
+    rows, _ = draw(suite, metric="losses/entropy")
+    assert rows["environment"] == ["ppo.py: mean +- std", "95% interval", "runtime"]
+    assert rows["A-v0"][0] == "0.15 +- 0.07071 (2 seeds)"
+    assert (tmp_path / "img/made_losses-entropy.png").exists()
+    assert "made.csv" not in [path.name for path in (tmp_path / "results").iterdir()]
+    draw(suite, metric="losses/explained_variance")
+
+
+def test_bad_input(tmp_path, capsys):
+    """One line on stderr, exit code 2, and nothing is written."""
+    suite = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1, 2])
+    folders = [f"--results={tmp_path / 'results'}", f"--output={tmp_path / 'img'}", f"--runs-dir={tmp_path / 'runs'}"]
+
+    def refused(*words):
+        assert benchmark(["plot", *words, *folders]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and not (tmp_path / "img").exists() and not (tmp_path / "results").exists()
+        assert err.count("\n") == err.count("benchmark plot: error: ") == 1
+        return err
+
+    assert "there is no suite clasic; did you mean classic?" in refused("clasic")
+    assert "no runs of suite made in" in refused(str(suite))
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
+    assert "did you mean losses/entropy?" in refused(str(suite), "--metric", "losses/entrpy")
+    make_run(tmp_path / "runs", "A-v0", 2, [3] * 20, gamma=0.9)
+    assert "mixed configurations" in refused(str(suite))
+
+
+def test_no_run_has_an_episode(tmp_path):
+    suite = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1])
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20, episodes=False)
+    with pytest.raises(InputError, match="no run in .* has an episode that ended"):
+        plot.main(plot.Args(str(suite), runs_dir=tmp_path / "runs", results=tmp_path, output=tmp_path))
+
+
+def test_broken_csv(tmp_path):
+    (tmp_path / "made.csv").write_text("env_id,seed,global_step,return_mean_100\nA-v0,1,zero,3\n")
+    with pytest.raises(InputError, match="cannot read .*made.csv"):
+        plot.read_curves(tmp_path / "made.csv")
+
+
+@pytest.mark.parametrize("suite", ["classic", "mujoco"])
+def test_committed_data_can_be_drawn(suite, draw, tmp_path):
+    """The figures in the docs come out of the committed CSVs, also those without hours."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(plot.ROOT / "benchmark" / "results" / f"{suite}.csv", tmp_path / "results")
+    rows, _ = draw(suite)
+    assert len(rows) == 2 + 3 and all("5 seeds" in row[0] for row in list(rows.values())[2:])

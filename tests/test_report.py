@@ -1,0 +1,160 @@
+"""The interactive page, in a headless browser without a network."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from synthetic import BATCH, make_run, make_suite
+
+from benchmark import report
+from benchmark.__main__ import main as benchmark
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Path of Debian's chromium, which is installed if need be; without it the tests are skipped."""
+    if not shutil.which("chromium") and shutil.which("apt-get") and os.geteuid() == 0:
+        subprocess.run(["apt-get", "update"], capture_output=True)
+        subprocess.run(["apt-get", "install", "--yes", "chromium"], capture_output=True)
+    return shutil.which("chromium") or pytest.skip("chromium cannot be installed here")
+
+
+@pytest.fixture(scope="module")
+def page(chromium, tmp_path_factory):
+    """The page of a suite of two environments with three seeds, in a browser that is offline."""
+    from playwright.sync_api import sync_playwright
+
+    folder = tmp_path_factory.mktemp("report")
+    suite, other = make_suite(folder), make_suite(folder, ["A-v0"], [10], name="other")
+    for seed in (1, 2, 3):
+        make_run(folder / "runs", "A-v0", seed, [seed * update for update in range(20)])
+        make_run(folder / "runs", "B-v0", seed, [100 - seed * update for update in range(20)])
+    make_run(folder / "runs", "A-v0", 10, range(7))
+    words = [str(suite), str(other), f"--runs-dir={folder / 'runs'}", f"--output={folder / 'report.html'}"]
+    assert benchmark(["report", *words]) == 0
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(offline=True, viewport={"width": 1300, "height": 700})
+        tab = context.new_page()
+        tab.problems, tab.requests = [], []
+        tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+        tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda request: tab.requests.append(request.url))
+        tab.goto((folder / "report.html").as_uri())
+        yield tab
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    """Every test starts with the page as it is when it is opened."""
+    if "page" in request.fixturenames:
+        request.getfixturevalue("page").reload()
+
+
+def traces(page) -> list[dict]:
+    """What plotly shows."""
+    return page.evaluate("document.getElementById('figure').data.map(t => ({x: [...t.x], y: [...t.y], name: t.name, "
+                         "panel: t.xaxis, color: t.line.color, hover: t.hovertemplate}))")  # fmt: skip
+
+
+def panels(page) -> list[str]:
+    """Titles of the panels."""
+    return page.evaluate("document.getElementById('figure').layout.annotations.map(a => a.text)")
+
+
+def test_first_view(page, tmp_path):
+    """All runs are there, nothing is fetched, nothing is complained about, and something is drawn."""
+    shown = traces(page)
+    assert len(shown) == 7
+    assert panels(page) == ["<b>A-v0</b>", "<b>B-v0</b>"]
+    first = next(trace for trace in shown if "A-v0, seed 2 " in trace["hover"])
+    assert first["x"] == [BATCH * update for update in range(1, 21)]
+    assert first["y"] == [update for update in range(20)]  # means of 0, 2, 4, ...
+    assert {trace["name"] for trace in shown} == {"ppo.py (made)", "ppo.py (other)"}
+    assert len({trace["color"] for trace in shown}) == 2
+    assert page.locator("#figure .scatterlayer .trace").count() == 7
+    legend = page.locator("#figure .legend").bounding_box()
+    assert 0 <= legend["y"] < 60 and legend["x"] + legend["width"] <= 1300
+    assert page.inner_text("#count") == "7 of 7 runs"
+    assert page.problems == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)
+    page.screenshot(path=os.environ.get("REPORT_SCREENSHOT", tmp_path / "report.png"))
+
+
+def test_metric_and_hours(page):
+    page.select_option("#metric", "losses/entropy")
+    page.select_option("#x", "hours")
+    shown = traces(page)
+    assert all(trace["y"] == [0.5] * len(trace["x"]) for trace in shown)
+    assert shown[0]["x"] == pytest.approx([update / 100 for update in range(1, 21)])
+    page.select_option("#metric", "losses/explained_variance")  # null in the first update
+    assert [trace["y"][0] for trace in traces(page)] == [None] * 7
+    assert page.problems == []
+
+
+def test_toggles(page):
+    """By environment, script and seed; colors stay with what they stand for."""
+    page.select_option("#color", "seed")
+    colors = {trace["name"]: trace["color"] for trace in traces(page)}
+    assert list(colors) == ["seed 1", "seed 2", "seed 3", "seed 10"] and len(set(colors.values())) == 4
+    page.uncheck("#envs input[value='A-v0']")
+    assert panels(page) == ["<b>B-v0</b>"]
+    page.uncheck("#seeds input[value='1']")
+    shown = traces(page)
+    assert {trace["name"]: trace["color"] for trace in shown} == {seed: colors[seed] for seed in ("seed 2", "seed 3")}
+    page.click("#envs button")
+    assert len(traces(page)) == 5
+    page.uncheck("#scripts input[value='ppo.py (made)']")
+    assert [trace["name"] for trace in traces(page)] == ["seed 10"]
+    assert "unfinished" in traces(page)[0]["hover"]
+    page.click("#seeds button")  # all, for one is off
+    page.click("#seeds button")
+    assert traces(page) == [] and page.inner_text("#count") == "0 of 7 runs"
+    assert page.problems == []
+
+
+def test_smoothing(page):
+    """An exponential moving average whose weights add up to 1."""
+    raw = traces(page)[0]["y"]
+    page.fill("#smoothing", "0.9")
+    smooth = traces(page)[0]["y"]
+    for last in (0, 5, 19):
+        weights = [0.9 ** (last - index) for index in range(last + 1)]
+        expected = sum(weight * value for weight, value in zip(weights, raw)) / sum(weights)
+        assert smooth[last] == pytest.approx(expected)
+    assert page.inner_text("#smoothing-value") == "0.9"
+
+
+def test_names_cannot_break_the_page():
+    runs = [{"name": "</script><script>alert(1)</script>"}]
+    assert "</script><script>alert" not in report.page(runs)
+
+
+def test_hundreds_of_runs_are_thinned_out(tmp_path, monkeypatch):
+    suite = make_suite(tmp_path, ["A-v0"], range(1, 301), updates=60)
+    monkeypatch.setattr(report, "ALL_POINTS", 12_000)
+    for seed in range(1, 301):
+        make_run(tmp_path / "runs", "A-v0", seed, range(60), total=60)
+    runs = report.load_runs(report.Args([str(suite)], tmp_path / "runs"))
+    assert len(runs) == 300
+    assert {len(run["steps"]) for run in runs} == {40}
+    assert all(run["steps"][-1] == 60 * BATCH for run in runs)
+
+
+def test_bad_input(tmp_path, capsys):
+    """One clear line, exit code 2, and no page."""
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    page = tmp_path / "report.html"
+
+    def refused(*words):
+        assert benchmark(["report", *words, f"--runs-dir={tmp_path / 'runs'}", f"--output={page}"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.splitlines()[-1].startswith("benchmark report: error: ") and not page.exists()
+        return err
+
+    assert "no runs of made in" in refused(str(suite))
+    assert "there is no suite clasic" in refused("clasic")
+    (make_run(tmp_path / "runs", "A-v0", 1, [1]) / "metrics.jsonl").write_text("")
+    assert "A-v0__ppo__1__1700000001 is left out: it has not done an update" in refused(str(suite))

@@ -1,0 +1,200 @@
+"""The runner on a real Slurm: one machine, started by start_slurm.sh; skipped only where that is impossible."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmark.suite import find_runs, load_suite, run_state
+
+pytestmark = pytest.mark.slow
+WAIT = 300  # seconds after which a test gives up
+SMALL = ["--total-timesteps", "2560", "--num-envs", "2", "--num-steps", "64"]
+STAND_IN = str(ROOT / "tests" / "stand_in.py")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A running Slurm."""
+    if os.geteuid() != 0 or not Path("/etc/debian_version").exists():
+        pytest.skip("only root can start Slurm, and start_slurm.sh knows Debian alone")
+    directory = tmp_path_factory.mktemp("slurm")
+    command = ["bash", str(ROOT / "tests/start_slurm.sh"), str(directory)]
+    started = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if started.returncode == 100:  # apt-get's exit code
+        pytest.skip(f"Slurm cannot be installed: {started.stderr}")
+    assert started.returncode == 0, started.stderr
+    yield directory
+    subprocess.run([*command, "stop"], timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(cluster, tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and leaves no job in the queue."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", str(cluster / "slurm.conf"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield
+    subprocess.run(["scancel", "--user", "root"], timeout=60)
+    wait_for(lambda: not slurm("squeue", "--noheader"))
+
+
+def slurm(*words: str) -> str:
+    """Output of one of Slurm's commands."""
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def wait_for(condition) -> None:
+    """Waits until condition() is true."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, Path("output").read_text() if Path("output").exists() else ""
+        time.sleep(0.2)
+
+
+def write_suite(*env_ids: str, script: str = STAND_IN, flags: list[str] | None = None) -> None:
+    """Writes suite.toml."""
+    lines = {"title": "A suite", "script": script, "env_ids": env_ids, "seeds": [1], "flags": flags or []}
+    Path("suite.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+
+
+def start(*words: str) -> subprocess.Popen:
+    """The harness in a process of its own."""
+    command = [sys.executable, "-m", "benchmark", "run", "suite.toml", *words]
+    with open("output", "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+def run_on_slurm(*words: str) -> int:
+    """The harness with --launcher slurm, until it ends; returns its exit code."""
+    return start("--launcher", "slurm", *words).wait(WAIT)
+
+
+def rows(runs_dir: str = "runs/suite") -> dict[str, list[dict]]:
+    """The metrics of all jobs' only runs, without what depends on the machine's speed."""
+    found = {}
+    for job in load_suite("suite.toml").jobs():
+        (path,) = find_runs(Path(runs_dir), job)
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        found[job.env_id] = [{k: v for k, v in row.items() if k not in ("wall_time", "charts/SPS")} for row in lines]
+    return found
+
+
+def assert_complete(batch: int = 8, updates: int = 8) -> None:
+    """All runs have each update once."""
+    for run in rows().values():
+        steps = [row["global_step"] for row in run if "losses/entropy" in row]
+        assert steps == [batch * n for n in range(1, updates + 1)]
+
+
+def waits() -> bool:
+    """Whether the run that waits for "go" has come to that."""
+    (job, *_) = load_suite("suite.toml").jobs()
+    return any(run_state(path).global_step == 24 for path in find_runs(Path("runs/suite"), job))
+
+
+def job_state(kind: str = "%T") -> str:
+    """State of the only job in the queue."""
+    return slurm("squeue", "--noheader", "--name", "suite", "--format", kind).strip()
+
+
+def test_same_results_as_on_this_machine():
+    """An array of two jobs gives the same runs as the local launcher does, and is not submitted again."""
+    write_suite("CartPole-v1", "Acrobot-v1", script="ppo.py", flags=SMALL)
+    assert run_on_slurm("--workers", "1") == 0
+    assert Path("output").read_text().endswith("2 of 2 finished\n")
+    assert_complete(128, 20)
+    assert start("--runs-dir", "local").wait(WAIT) == 0
+    assert rows() == rows("local")
+    before = set(Path("runs/suite/slurm").iterdir())
+    assert len([path for path in before if path.name.endswith("submitted.pkl")]) == 2
+    assert run_on_slurm() == 0
+    assert set(Path("runs/suite/slurm").iterdir()) == before
+
+
+def preempt(number: str) -> None:
+    """A job of a partition with priority takes the whole node for a moment."""
+    slurm("sbatch", "--partition", "urgent", "--exclusive", "--output", "/dev/null", "--wrap", "sleep 5")
+
+
+def time_out(number: str) -> None:
+    """Slurm sends this signal to a job some time before its time is up."""
+    slurm("scancel", "--signal=USR2", number)
+
+
+def requeue(number: str) -> None:
+    """As after the failure of a node."""
+    slurm("scontrol", "requeue", number)
+
+
+@pytest.mark.parametrize("disturb", [time_out, preempt, requeue])
+def test_job_loses_its_node(disturb):
+    """The run writes a checkpoint, the job is queued again, and the run goes on where it stopped."""
+    write_suite("Wait-v0")
+    harness = start("--launcher", "slurm")
+    wait_for(waits)
+    number = job_state("%A")
+    disturb(number)
+    wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", number))
+    Path("go").touch()
+    assert harness.wait(WAIT) == 0, Path("output").read_text()
+    assert_complete()
+    commands = [
+        line for line in Path("runs/suite/logs/Wait-v0__stand_in__1.log").read_text().splitlines() if "$" in line
+    ]
+    assert ["--resume" in command for command in commands] == [False, True]
+
+
+def test_watching_again():
+    """Ctrl-C stops the watching alone; the same command watches the same job again; two submit nothing twice."""
+    write_suite("Wait-v0")
+    harness = start("--launcher", "slurm")
+    wait_for(waits)
+    harness.send_signal(signal.SIGINT)
+    assert harness.wait(WAIT) == 130
+    number = job_state("%A")
+    assert f"Slurm goes on with {number}: scancel stops them.\n" in Path("output").read_text()
+    both = [start("--launcher", "slurm") for _ in range(2)]
+    time.sleep(10)
+    assert job_state("%A") == number
+    Path("go").touch()
+    assert [harness.wait(WAIT) for harness in both] == [0, 0]
+    assert_complete()
+    assert len(list(Path("runs/suite/slurm").glob("*submitted.pkl"))) == 1
+
+
+def test_cancelled_job():
+    """It is not queued again, counts as failed, and goes on the next time."""
+    write_suite("Wait-v0")
+    harness = start("--launcher", "slurm")
+    wait_for(waits)
+    number = job_state("%A")
+    slurm("scancel", number)
+    assert harness.wait(WAIT) == 1
+    Path("go").touch()
+    assert f"Wait-v0 seed 1 failed: Slurm job {number} ended" in Path("output").read_text()
+    assert run_on_slurm() == 0
+    assert_complete()
+
+
+def test_failed_job():
+    """The end of its log is shown."""
+    write_suite("Good-v0", "Crash-v0")
+    assert run_on_slurm() == 1
+    output = Path("output").read_text()
+    assert "Crash-v0 seed 1 failed: Slurm job" in output and "    RuntimeError: the pole is on fire\n" in output
+    assert output.splitlines()[-2] == "1 of 2 finished, 1 failed"
+
+
+def test_bad_options():
+    write_suite("Good-v0")
+    for option, message in (("partition=nope", "nvalid partition"), ("tim=3", "Unavailable parameter"), ("x", "NAME=")):
+        assert run_on_slurm("--slurm", option) == 2
+        line = Path("output").read_text().splitlines()[-1]
+        assert line.startswith("benchmark run: error: ") and message in line

@@ -1,0 +1,204 @@
+"""Uploading runs: offline, what is written is read back; online, by a service that is made up."""
+
+import json
+
+import pytest
+from synthetic import make_run, make_suite
+from test_runs import metrics, offline_records
+
+from benchmark import upload
+from benchmark.__main__ import main as benchmark
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A suite of three jobs: one run with a video, one without, and one that is unfinished."""
+    made = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1, 2, 3])
+    for seed, updates in ((1, 20), (2, 20), (3, 6)):
+        make_run(tmp_path / "runs", "A-v0", seed, range(updates))
+    (tmp_path / "runs/A-v0__ppo__1__1700000001/videos").mkdir()
+    (tmp_path / "runs/A-v0__ppo__1__1700000001/videos/episode-0.mp4").write_bytes(b"a video")
+    return made
+
+
+@pytest.fixture
+def send(suite, tmp_path, capsys):
+    """Runs the command; returns exit code, stdout and stderr."""
+
+    def run(*words):
+        code = benchmark(["upload", str(suite), f"--runs-dir={tmp_path / 'runs'}", "--project=trials", *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def local_files(tmp_path) -> dict:
+    """What the runs consist of, without what uploading adds."""
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if "wandb" not in path.parts and path.name != upload.RECORD}
+
+
+def test_offline(send, tmp_path, monkeypatch):
+    """The written files hold all that the runs hold; a second upload writes nothing."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+    wandb.teardown()  # what other tests have set must not last
+    before = local_files(tmp_path)
+    code, out, err = send("--tags", "first", "second")
+    assert (code, err) == (0, "A-v0__ppo__3__1700000003 is not sent: it is unfinished\n")
+    assert "default/trials (offline): 2 sent, 1 unfinished" in out
+    assert local_files(tmp_path) == before
+    for seed, videos in ((1, ["videos/episode-0.mp4"]), (2, [])):
+        path = tmp_path / f"runs/A-v0__ppo__{seed}__{1_700_000_000 + seed}"
+        (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
+        history, config, saved, artifacts, runs, steps = [], {}, [], [], [], []
+        for record in offline_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                runs.append(record.run)
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            elif kind == "history":
+                keys = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+                steps.append(record.history.step.num)
+                history.append({key: value for key, value in keys.items() if not key.startswith("_")})
+            elif kind == "files":
+                saved += [item.path for item in record.files.files]
+            elif (
+                kind == "artifact" or kind == "request" and record.request.WhichOneof("request_type") == "log_artifact"
+            ):
+                artifact = record.artifact if kind == "artifact" else record.request.log_artifact.artifact
+                artifacts.append((artifact.type, [entry.path for entry in artifact.manifest.contents]))
+        assert {(run.run_id, run.display_name, run.project, run.run_group, tuple(run.tags)) for run in runs} == {
+            (path.name, path.name, "trials", "made", ("first", "second"))
+        }
+        assert config["seed"] == seed and config["total_timesteps"] == 10240
+        assert history == metrics(path)
+        assert steps == list(range(40))
+        assert [name for name in saved if name.startswith("videos")] == videos
+        assert artifacts == [("code", ["ppo.py"])]
+    code, out, _ = send("--tags", "first", "second")
+    assert code == 0
+    assert "default/trials (offline): 2 there already, 1 unfinished" in out
+    assert len(list(tmp_path.glob("runs/*/wandb/offline-run-*"))) == 2
+    wandb.teardown()
+
+
+class Service:
+    """Stands for Weights & Biases: keeps what it is sent, by run, and can break off."""
+
+    def __init__(self):
+        self.rows, self.files, self.breaks_after, self.asked = {}, {}, None, 0
+
+    def init(self, **given):
+        """Starts or continues a run."""
+        self.asked += 1
+        if self.breaks_after == 0:
+            raise ConnectionError("no route\nto host")
+        assert given["resume"] == "allow" and given["id"] == given["name"]
+        return ServiceRun(self, given["id"])
+
+    def run(self, path):
+        """The run as the service's API has it."""
+        return type("ApiRun", (), {"lastHistoryStep": len(self.rows[path]) - 1})
+
+
+class ServiceRun:
+    """A run that is being sent."""
+
+    offline = False
+
+    def __init__(self, service, path):
+        self.service, self.path = service, path
+        self.rows = service.rows.setdefault(path, [])
+        self.starting_step = len(self.rows)
+
+    def log(self, row, step):
+        """Takes a row, unless the connection breaks."""
+        if self.service.breaks_after is not None:
+            if self.service.breaks_after == 0:
+                raise ConnectionError("the connection is lost")
+            self.service.breaks_after -= 1
+        assert step == len(self.rows)
+        self.rows.append(row)
+
+    def define_metric(self, *_, **__):
+        """Is not looked at."""
+
+    log_code = save = finish = define_metric
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """Takes the place of wandb's connection."""
+    import wandb
+
+    service = Service()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb.teardown()
+    monkeypatch.setattr(wandb, "init", service.init)
+    monkeypatch.setattr(wandb, "Api", lambda: service)
+    yield service
+    wandb.teardown()
+
+
+def test_goes_on_after_a_broken_connection(send, service, tmp_path):
+    """What has arrived is not sent again, and in the end each line is there once."""
+    service.breaks_after = 55  # in the middle of the second run
+    code, out, err = send()
+    assert code == 1
+    assert "A-v0__ppo__2__1700000002 is not sent: the connection is lost" in err
+    assert "the same command goes on where this one stopped" in err
+    assert "default/trials: 1 sent, 1 unfinished, 1 failed" in out
+    assert [len(rows) for rows in service.rows.values()] == [40, 15]
+    code, out, err = send()  # the network is still down
+    assert code == 1
+    assert "is not sent: no route to host" in err
+    service.breaks_after = None
+    code, out, _ = send()
+    assert code == 0
+    assert "default/trials: 1 sent, 1 there already, 1 unfinished" in out
+    for name, rows in service.rows.items():
+        assert rows == metrics(tmp_path / "runs" / name)
+    asked = service.asked
+    assert send()[0] == 0
+    assert service.asked == asked
+
+
+def test_a_lost_or_broken_record_changes_nothing(send, service, tmp_path):
+    """The service knows what it has."""
+    assert send()[0] == 0
+    (tmp_path / "runs/A-v0__ppo__1__1700000001/uploaded.json").unlink()
+    (tmp_path / "runs/A-v0__ppo__2__1700000002/uploaded.json").write_text("{")
+    code, out, _ = send()
+    assert code == 0 and "2 sent" in out
+    assert [len(rows) for rows in service.rows.values()] == [40, 40]
+
+
+def test_lines_that_do_not_arrive(send, service, monkeypatch):
+    """A run counts as sent only if the service says so; without a network it gives up soon."""
+    monkeypatch.setattr(ServiceRun, "log", lambda run, row, step: None)
+    code, out, err = send()
+    assert code == 1
+    assert err.count("only 0 of 40 lines have arrived") == 2
+    assert "stopped after 2 failures in a row" in err
+
+
+def test_another_destination_gets_everything(send, service, tmp_path):
+    assert send()[0] == 0
+    service.rows.clear()
+    code, out, _ = send("--entity", "team")
+    assert code == 0 and "team/trials: 2 sent" in out
+    record = json.loads((tmp_path / "runs/A-v0__ppo__1__1700000001/uploaded.json").read_text())
+    assert record == dict.fromkeys(["default/trials", "team/trials"], {"lines": 40, "videos": ["episode-0.mp4"]})
+
+
+def test_no_runs(suite, tmp_path, capsys):
+    assert benchmark(["upload", str(suite), f"--runs-dir={tmp_path / 'nothing'}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "no runs of suite made in" in err
