@@ -271,7 +271,7 @@ class ClipReward(gym.RewardWrapper):
 class EnvpoolVectorEnv(gym.vector.VectorEnv):
     """EnvPool's environments, which C++ threads step in parallel, with the interface of SameStepVectorEnv.
 
-    EnvPool has the wrappers above built in. docs/details.md says where it differs: mainly, after a lost life it does 0
+    EnvPool has the wrappers above built in. docs/backends.md says where it differs: mainly, after a lost life it does 0
     to 29 no-ops and FIRE, a frame each, where the official code does a no-op, FIRE and action 2 for four frames each.
     """
 

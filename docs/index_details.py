@@ -140,7 +140,6 @@ NOT_REPRODUCED = """
   give other numbers.
 """
 
-
 MEASURED = """
 Effects: difference to the defaults in mean return, over the whole learning curve and for the last 100 episodes, with
 95% intervals (Welch's t) over 3 seeds each: `ppo.py` on CartPole-v1 (return at most 500) for 200,000 steps,

@@ -172,25 +172,25 @@ class Background:
         return self.process.returncode, out, err
 
 
-def test_kill_and_resume(backend):
+def test_kill_and_resume():
     """A run killed at any moment goes on from its last checkpoint and ends as long as it was meant to be."""
-    background = Background(small(30, checkpoint_interval=3, env_backend=backend))
+    background = Background(small(20, checkpoint_interval=3))
     path = background.wait_for_update(7)
     code, _, _ = background.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
     saved, reached = checkpoint(path)["update"], update_steps(path)[-1]
     assert saved % 3 == 0 and saved >= 6
-    assert 0 <= reached - saved <= 3 and reached < 30
+    assert 0 <= reached - saved <= 3 and reached < 20
     assert checkpoint(path)["gradient_steps"] == saved * 2
     before = (path / "metrics.jsonl").read_bytes()[: checkpoint(path)["metrics_bytes"]]
     assert ppo_atari.main(["--resume", str(path)]) == 0
     assert (path / "metrics.jsonl").read_bytes().startswith(before)
-    assert update_steps(path) == list(range(1, 31))
+    assert update_steps(path) == list(range(1, 21))
     rows = metrics(path)
     for key in ("global_step", "wall_time"):
         assert all(earlier[key] <= later[key] for earlier, later in zip(rows, rows[1:], strict=False))
-    assert rows[-1]["charts/learning_rate"] == pytest.approx(2.5e-4 / 30)
-    assert (checkpoint(path)["update"], checkpoint(path)["gradient_steps"]) == (30, 60)
+    assert rows[-1]["charts/learning_rate"] == pytest.approx(2.5e-4 / 20)
+    assert (checkpoint(path)["update"], checkpoint(path)["gradient_steps"]) == (20, 40)
 
 
 def test_killed_before_the_first_checkpoint(monkeypatch, backend):
@@ -343,17 +343,17 @@ def test_evaluate(capfd, backend):
 
     In Freeway a chicken that always goes up crosses the street; one that always waits does not.
     """
-    settings = {"env_id": "Freeway", "env_backend": backend, "max_game_frames": 800, "noop_max": 30}
+    settings = {"env_id": "Freeway", "env_backend": backend, "max_game_frames": 500, "noop_max": 30}
     path = train(small(1, **settings))
     said = {}
     for name, action, extra in (("up", 1, []), ("again", 1, []), ("wait", 0, ["--eval-deterministic"])):
         prefer(path, action)
         before = files(path)
         capfd.readouterr()
-        assert ppo_atari.main(["--evaluate", str(path), "--eval-episodes", "3", *extra]) == 0
+        assert ppo_atari.main(["--evaluate", str(path), "--eval-episodes", "2", *extra]) == 0
         output = capfd.readouterr()
         assert output.err == ""
-        said[name] = re.fullmatch(r"Freeway: return (\d+\.\d) \+- (\d+\.\d) over 3 games\n", output.out)
+        said[name] = re.fullmatch(r"Freeway: return (\d+\.\d) \+- (\d+\.\d) over 2 games\n", output.out)
         assert said[name], output.out
         assert files(path) == before
     assert said["up"][0] == said["again"][0]
@@ -569,14 +569,14 @@ def test_run_directory_of_another_script(capfd):
         refusal([flag, path], capfd, ppo_atari)
 
 
-@pytest.mark.parametrize("words", ["--env-id Breakot", f"{GYM} --env-kwargs {{a", f"{GYM} --resume run"])
+@pytest.mark.parametrize("words", ["--env-id Breakot", f"{GYM} --resume run"])
 def test_one_line_on_stderr(words, run_copy):
     """Also with all that Python and the emulator print of themselves, and the exit code is the shell's."""
     truncated_checkpoint(run_copy)
     before = listing(Path.cwd())
     done = run_script(SCRIPT, *words.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"ppo_atari\.py: error: .*(Breakot|env-kwargs|checkpoint\.pt).*\n", done.stderr)
+    assert re.fullmatch(r"ppo_atari\.py: error: .*(Breakot|checkpoint\.pt).*\n", done.stderr)
     assert listing(Path.cwd()) == before
 
 
