@@ -124,8 +124,7 @@ def preempt(number: str) -> None:
 
 
 def time_out(number: str) -> None:
-    """Slurm sends this signal to a job some time before its time is up."""
-    slurm("scancel", "--signal=USR2", number)
+    """Nothing needs to be done but to wait until the job's minute is nearly up."""
 
 
 def requeue(number: str) -> None:
@@ -137,7 +136,8 @@ def requeue(number: str) -> None:
 def test_job_loses_its_node(disturb):
     """The run writes a checkpoint, the job is queued again, and the run goes on where it stopped."""
     write_suite("Wait-v0")
-    harness = start("--launcher", "slurm")
+    limit = ["time=1", "signal_delay_s=30"] if disturb is time_out else ["time=60"]
+    harness = start("--launcher", "slurm", "--slurm", *limit)
     wait_for(waits)
     number = job_state("%A")
     disturb(number)
