@@ -118,38 +118,6 @@ def test_same_results_as_on_this_machine():
     assert set(Path("runs/suite/slurm").iterdir()) == before
 
 
-def preempt(number: str) -> None:
-    """A job of a partition with priority takes the whole node for a moment."""
-    slurm("sbatch", "--partition", "urgent", "--exclusive", "--output", "/dev/null", "--wrap", "sleep 5")
-
-
-def time_out(number: str) -> None:
-    """Nothing needs to be done but to wait until the job's minute is nearly up."""
-
-
-def requeue(number: str) -> None:
-    """As after the failure of a node."""
-    slurm("scontrol", "requeue", number)
-
-
-@pytest.mark.parametrize("disturb", [time_out, preempt, requeue])
-def test_job_loses_its_node(disturb):
-    """The run writes a checkpoint, the job is queued again, and the run goes on where it stopped."""
-    write_suite("Wait-v0")
-    limit = ["time=1", "signal_delay_s=30"] if disturb is time_out else ["time=60"]
-    harness = start("--launcher", "slurm", "--slurm", *limit)
-    wait_for(waits)
-    number = job_state("%A")
-    disturb(number)
-    log = Path("runs/suite/logs/Wait-v0__stand_in__1.log")
-    wait_for(lambda: " --resume " in log.read_text())
-    Path("go").touch()
-    assert harness.wait(WAIT) == 0, Path("output").read_text()
-    assert_complete()
-    assert log.read_text().count("$ ") == 2
-    assert "Restarts=1" in slurm("scontrol", "show", "job", number)
-
-
 def test_watching_again():
     """Ctrl-C stops the watching alone; the same command watches the same job again; two submit nothing twice."""
     write_suite("Wait-v0")

@@ -86,7 +86,7 @@ def test_a_real_command(tmp_path):
     command = "bash -c 'sleep 0.$1; x=$(head -c 30000000 /dev/zero | tr \\\\0 x)' _ {steps}"
     seconds, peak = throughput.measure(command, 2, str(tmp_path))
     assert 0.2 <= seconds < 30
-    assert 28 < peak < 500
+    assert peak > 28  # of the whole process, and of the one that started it until then
 
 
 def test_what_fails_is_left_out(benchmark, monkeypatch, tmp_path):
