@@ -14,7 +14,6 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -54,12 +53,6 @@ SCRIPT = Path(ppo_atari.__file__).resolve()
 BATCH = 16  # samples in one rollout of a small run
 NO_BF16 = "this processor has no instructions for bfloat16: --amp will be slower than without"
 BACKENDS = ["gymnasium", "envpool"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def banner():
-    """Keeps the emulator from printing its name here; test_one_line_on_stderr looks at what a user sees."""
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -129,6 +122,9 @@ SEEDS = (1, "a"), (1, "b"), (2, "c")
 def test_async_environments_give_the_same_run():
     """--async-envs changes where environments are, not what they do."""
     settings = {"env_backend": "gymnasium", "env_id": "Pong", "noop_max": 30, "max_game_frames": 80}
+    envs = ppo_atari.make_envs(small(1, async_envs=True, **settings))
+    assert isinstance(envs, gym.vector.AsyncVectorEnv)
+    envs.close()
     one, several = (train(small(3, runs_dir=str(on), async_envs=on, **settings)) for on in (False, True))
     assert any(row.keys() == EPISODE for row in metrics(one))
     assert without_clock(one) == without_clock(several)
@@ -152,7 +148,9 @@ class Background:
     def __init__(self, args):
         command = [sys.executable, str(SCRIPT), *flags(args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        # Where tests run in the background SIGINT may be ignored, and processes inherit that.
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=listen, **pipes)
 
     def wait_for_update(self, number: int) -> Path:
         """Waits until metrics.jsonl holds that update; returns the run directory."""
@@ -193,9 +191,9 @@ def test_kill_and_resume():
     assert (checkpoint(path)["update"], checkpoint(path)["gradient_steps"]) == (20, 40)
 
 
-def test_killed_before_the_first_checkpoint(monkeypatch, backend):
+def test_killed_before_the_first_checkpoint(monkeypatch):
     """Then all is done again, and to the last bit as if nothing had happened."""
-    whole = train(small(4, runs_dir="whole", env_backend=backend))
+    whole = train(small(4, runs_dir="whole"))
     original = ppo_atari.Run.end_update
 
     def end_update(run, rollout, values):
@@ -206,7 +204,7 @@ def test_killed_before_the_first_checkpoint(monkeypatch, backend):
     with monkeypatch.context() as patch:
         patch.setattr(ppo_atari.Run, "end_update", end_update)
         with pytest.raises(Killed):
-            ppo_atari.train(small(4, runs_dir="killed", env_backend=backend))
+            ppo_atari.train(small(4, runs_dir="killed"))
     (path,) = Path("killed").iterdir()
     assert checkpoint(path)["update"] == 0
     assert update_steps(path) == [1, 2]
@@ -215,10 +213,9 @@ def test_killed_before_the_first_checkpoint(monkeypatch, backend):
     assert_same_agent(checkpoint(path)["agent"], checkpoint(whole)["agent"])
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_resume_restores_everything(shared):
+def test_resume_restores_everything():
     """Weights, Adam's moments and steps, counters, recent returns and random numbers, exactly."""
-    args = small(3, checkpoint_interval=2, shared_network=shared)
+    args = small(3, checkpoint_interval=2)
     path = train(args)
     rng = torch.get_rng_state()  # train() has drawn its last number
     state = checkpoint(path)
@@ -294,7 +291,7 @@ def test_signals(name):
     background = Background(small(3000, checkpoint_interval=1000, **changed))
     path = background.wait_for_update(4)
     code, out, err = background.end(number, group)
-    assert (code, [line for line in problems(err) if not is_banner(line)]) == (0, [])
+    assert (code, problems(err)) == (0, [])
     stopped_at = update_steps(path)[-1]
     assert 4 <= stopped_at < 3000
     assert checkpoint(path)["update"] == stopped_at
@@ -305,11 +302,6 @@ def test_signals(name):
     more = str((stopped_at + 2) * BATCH)
     assert ppo_atari.main(["--resume", str(path), "--total-timesteps", more, "--no-async-envs"]) == 0
     assert update_steps(path) == list(range(1, stopped_at + 3))
-
-
-def is_banner(line: str) -> bool:
-    """The emulator's name, which is no complaint."""
-    return line.startswith(("A.L.E: ", "[Powered by Stella]"))
 
 
 def test_signal_between_two_updates(monkeypatch):
@@ -343,7 +335,7 @@ def test_evaluate(capfd, backend):
 
     In Freeway a chicken that always goes up crosses the street; one that always waits does not.
     """
-    settings = {"env_id": "Freeway", "env_backend": backend, "max_game_frames": 500, "noop_max": 30}
+    settings = {"env_id": "Freeway", "env_backend": backend, "max_game_frames": 700, "noop_max": 30}
     path = train(small(1, **settings))
     said = {}
     for name, action, extra in (("up", 1, []), ("again", 1, []), ("wait", 0, ["--eval-deterministic"])):
@@ -357,7 +349,7 @@ def test_evaluate(capfd, backend):
         assert said[name], output.out
         assert files(path) == before
     assert said["up"][0] == said["again"][0]
-    assert float(said["up"][1]) >= 1
+    assert float(said["up"][1]) > 0
     assert said["wait"].groups() == ("0.0", "0.0")
 
 
