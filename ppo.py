@@ -511,7 +511,7 @@ def check_args(args: Args) -> None:
     """Raises InputError for the first setting that cannot work."""
     counts = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
     weights = ["seed", "learning_rate", "clip_coef", "ent_coef", "vf_coef", "target_kl", "adam_eps"]
-    limits = dict.fromkeys(counts, (1, 2**31)) | dict.fromkeys(weights, (0, 2**31))
+    limits = dict.fromkeys(counts, (1, 2**31 - 1)) | dict.fromkeys(weights, (0, 2**31))
     limits |= {"gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)

@@ -784,8 +784,8 @@ def check_args(args: Args) -> None:
     counts = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
     counts += ["frame_skip", "frame_stack", "max_game_frames"]
     weights = ["seed", "learning_rate", "clip_coef", "ent_coef", "vf_coef", "target_kl", "adam_eps"]
-    limits = dict.fromkeys(counts, (1, 2**31)) | dict.fromkeys(weights, (0, 2**31))
-    limits |= {"noop_max": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
+    limits = dict.fromkeys(counts, (1, 2**31 - 1)) | dict.fromkeys(weights, (0, 2**31))
+    limits |= {"noop_max": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also catches not-a-number
@@ -800,6 +800,8 @@ def check_args(args: Args) -> None:
     if args.num_envs % WORLD_SIZE or args.batch_size // WORLD_SIZE % args.num_minibatches:
         raise InputError(f"{args.num_envs} envs x {args.num_steps} steps in {args.num_minibatches} minibatches cannot "
                          f"be shared equally by {WORLD_SIZE} processes")  # fmt: skip
+    if args.evaluate and WORLD_SIZE > 1:
+        raise InputError("--evaluate plays in one process: start it without torchrun")
     if args.env_backend not in ("gymnasium", "envpool"):
         raise InputError(f"--env-backend must be gymnasium or envpool, not {args.env_backend}")
     if args.env_backend == "envpool" and args.async_envs:

@@ -467,6 +467,13 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
         raise InputError(f"cannot make {args.env_id}{given}: {one_line(error)}") from error
 
 
+def effective_args(args: Args, envs: gym.vector.VectorEnv) -> Args:
+    """The settings without normalization where the official code has none: it normalizes in MuJoCo alone."""
+    continuous, images = isinstance(envs.single_action_space, Box), is_image(envs.single_observation_space)
+    norm_obs, norm_reward = args.norm_obs and continuous and not images, args.norm_reward and continuous
+    return replace(args, norm_obs=norm_obs, norm_reward=norm_reward)
+
+
 class RunningMeanStd:
     """Mean and variance of all values seen so far, for each component (common/running_mean_std.py)."""
 
@@ -904,15 +911,12 @@ def train(args: Args) -> dict:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args)
-    images, continuous = is_image(envs.single_observation_space), isinstance(envs.single_action_space, Box)
-    # The official code normalizes in MuJoCo alone.
-    norm_obs, norm_reward = args.norm_obs and continuous and not images, args.norm_reward and continuous
-    args = replace(args, norm_obs=norm_obs, norm_reward=norm_reward)
+    given, args, images = args, effective_args(args, envs), is_image(envs.single_observation_space)
     if not images:
         torch.set_num_threads(1)  # matrices this small are faster with one thread
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
-    run = Run(args, agent, adam)
+    run = Run(given, agent, adam)
     if args.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         print("this processor has no instructions for bfloat16: --amp will be slower than without", file=sys.stderr)
     if args.capture_video:
@@ -1024,8 +1028,8 @@ def check_args(args: Args) -> None:
     counts = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
     counts += ["frame_skip", "max_game_frames", "lstm_size"]
     weights = ["seed", "learning_rate", "clip_coef", "ent_coef", "vf_coef", "target_kl", "adam_eps"]
-    limits = dict.fromkeys(counts, (1, 2**31)) | dict.fromkeys(weights, (0, 2**31))
-    limits |= {"noop_max": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
+    limits = dict.fromkeys(counts, (1, 2**31 - 1)) | dict.fromkeys(weights, (0, 2**31))
+    limits |= {"noop_max": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # also catches not-a-number
@@ -1191,6 +1195,7 @@ def evaluate(args: Args) -> list[float]:
     path = Path(args.evaluate)
     videos = path / "videos" if args.capture_video else None
     envs = make_envs(replace(args, num_envs=1), videos, lambda episode: episode < args.eval_episodes)
+    args = effective_args(args, envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
     restore(path, agent)
     torch.manual_seed(args.seed)

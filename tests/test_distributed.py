@@ -652,6 +652,13 @@ def test_bad_input(answers, launched, name):
     assert not (launched / f"bad-{name}").exists()
 
 
+def test_evaluation_is_for_one_process(monkeypatch):
+    ppo_atari.check_args(ppo_atari.Args(evaluate="a run"))
+    monkeypatch.setattr(ppo_atari, "WORLD_SIZE", 2)
+    with pytest.raises(ppo_atari.InputError, match="without torchrun"):
+        ppo_atari.check_args(ppo_atari.Args(evaluate="a run"))
+
+
 def test_bad_input_under_torchrun(tmp_path):
     with Job(tmp_path, SCRIPT, *flags(small(2, num_envs=3))) as job:
         assert job.wait() == 1
