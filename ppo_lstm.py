@@ -65,7 +65,7 @@ SCRIPT = Path(__file__).stem
 VELOCITIES = {
     "CartPole": [1, 3], "Acrobot": [4, 5], "MountainCar": [1], "MountainCarContinuous": [1], "Pendulum": [2],
     "LunarLander": [2, 3, 5], "InvertedPendulum": [2, 3], "InvertedDoublePendulum": [5, 6, 7],
-    "Hopper": range(5, 11), "HalfCheetah": range(8, 17), "Walker2d": range(8, 17), "Swimmer": range(3, 8),
+    "Hopper": range(-6, 0), "HalfCheetah": range(-9, 0), "Walker2d": range(-9, 0), "Swimmer": range(-5, 0),
 }  # fmt: skip
 
 gym.register_envs(ale_py)
@@ -386,14 +386,18 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 def find_game(env_id: str) -> str | None:
     """Breakout, given Breakout, Breakout-v5, ALE/Breakout-v5 or BreakoutNoFrameskip-v4; None if it is no Atari game."""
+    registered = gym.registry.get(env_id)
+    if ":" in env_id or (registered and registered.entry_point != "ale_py.env:AtariEnv"):
+        return None
     games = [env_id[4:-3] for env_id in gym.registry if re.fullmatch(r"ALE/\w+-v5", env_id)]
     name = re.sub(r"^ALE/|(-v5|NoFrameskip-v4)$", "", env_id)
     if name in games:
         return name
-    if (plain := re.sub(r"(Deterministic|NoFrameskip)?-v\d+$", "", name)) in games:
+    plain = re.sub(r"(Deterministic|NoFrameskip)?-v\d+$", "", name)
+    if plain in games and (registered or "Deterministic" in name):
         raise InputError(f"{env_id} skips frames or repeats actions by itself, which this script does: use {plain}")
     similar = " or ".join(difflib.get_close_matches(name.capitalize(), games))
-    if similar and env_id not in gym.registry:
+    if similar and not re.search(r"-v[^5]", env_id):  # other versions may be EnvPool's tasks
         raise InputError(f"there is no environment {env_id}; did you mean the Atari game {similar}?")
     return None
 
@@ -649,9 +653,9 @@ class Agent(nn.Module):
             self.network, features = NatureCNN(shape, args), 512
         elif args.encoder:
             self.network = MLP(shape[0], args)
-        else:
+        else:  # [extra-22] the official network for vectors has no other layer in front
             self.network, features = nn.Identity(), shape[0]
-        # [core-13] Policy and value function share all but their last layers; the official code with an LSTM must.
+        # [core-13] [atari-8] Policy and value function share all but their last layers: in the official code they must.
         self.lstm = nn.LSTM(features, args.lstm_size)
         if args.lstm_orthogonal_init:
             # [lstm-1] As in other layers. All biases are 0, that of the forget gate too. [extra-21]

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("ppo.py", "ppo_atari.py", "ppo_continuous.py")
+SCRIPTS = ("ppo.py", "ppo_atari.py", "ppo_continuous.py", "ppo_lstm.py")
 ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv"}
 
 # tag: (what it is, flags that switch it, test)
@@ -69,6 +69,15 @@ DETAILS = {
     "continuous-8": ("Reward scaling", "--no-norm-reward", "test_parity_continuous.py::test_running_statistics"),
     "continuous-9": ("Reward clipping", "--no-clip-reward",
                      "test_continuous.py::test_continuous_8_and_9_rewards_are_scaled_step_by_step"),
+    "lstm-1": ("Orthogonal initialization of the LSTM, biases 0", "--no-lstm-orthogonal-init",
+               "test_lstm.py::test_lstm_1_orthogonal_initialization"),
+    "lstm-2": ("The first state is 0", "", "test_lstm.py::test_lstm_2_and_3_states_of_the_rollouts"),
+    "lstm-3": ("The state becomes 0 where an episode ends", "--no-reset-lstm-state",
+               "test_lstm.py::test_lstm_3_and_5_unroll_is_one_step_after_the_other"),
+    "lstm-4": ("Minibatches of whole environments, with their steps in order", "--shuffle-lstm-steps",
+               "test_lstm.py::test_lstm_4_minibatches_are_whole_environments"),
+    "lstm-5": ("Training starts from the state that the rollout started from", "--no-reconstruct-lstm-state",
+               "test_lstm.py::test_lstm_5_ratio_is_1_in_the_first_minibatch_of_every_update"),
     "aux-1": ("Clip-range annealing", "--anneal-clip", "test_details.py::test_core_4_and_aux_1_annealing"),
     "aux-2": ("Gradients averaged over processes (torchrun)", "",
               "test_distributed.py::test_two_ranks_train_like_one_process"),
@@ -99,6 +108,13 @@ DETAILS = {
                  "test_details.py::test_core_13_separate_or_shared_networks"),
     "extra-18": ("Features are flattened with the channels last", "",
                  "test_parity_atari.py::test_forward_pass"),
+    "extra-20": ("The LSTM has one bias", "", "test_parity_lstm.py::test_extra_20_a_second_bias_leaves_parity"),
+    "extra-21": ("The bias of the LSTM's forget gate is 0 too", "",
+                 "test_lstm.py::test_lstm_1_orthogonal_initialization"),
+    "extra-22": ("Vectors go into the official LSTM directly", "--no-encoder",
+                 "test_lstm.py::test_extra_22_no_encoder"),
+    "extra-23": ("Minibatches share the environments equally", "--num-minibatches",
+                 "test_lstm.py::test_lstm_4_minibatches_are_whole_environments"),
     "extra-24": ("After every done the older frames of the stack are black", "--no-zero-stack",
                  "test_atari_envs.py::test_official_recording"),
     "extra-25": ("Gray before it is resized, and resized by areas", "--no-area-resize",

@@ -14,8 +14,9 @@ from conftest import ROOT
 import ppo
 import ppo_atari
 import ppo_continuous
+import ppo_lstm
 
-ARGS = (ppo.Args, ppo_atari.Args, ppo_continuous.Args)
+ARGS = (ppo.Args, ppo_atari.Args, ppo_continuous.Args, ppo_lstm.Args)
 spec = importlib.util.spec_from_file_location("index_details", ROOT / "docs/index_details.py")
 index_details = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(index_details)
@@ -38,12 +39,14 @@ SCRIPT_TAGS = (
     ("ppo.py", ["core"]),
     ("ppo_atari.py", ["core", "atari"]),
     ("ppo_continuous.py", ["core", "continuous"]),
+    ("ppo_lstm.py", ["core", "lstm"]),
 )
+COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5}
 
 
 def test_all_details_are_there():
     for script, tags in SCRIPT_TAGS:
-        expected = {f"{tag}-{n}" for tag in tags for n in range(1, {"core": 14, "atari": 10, "continuous": 10}[tag])}
+        expected = {f"{tag}-{n + 1}" for tag in tags for n in range(COUNTS[tag])}
         assert expected <= set(TAG.findall((ROOT / script).read_text()))
 
 

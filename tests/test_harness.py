@@ -137,7 +137,7 @@ def test_jobs():
     assert [job.seed for job in load_suite("suite.toml").jobs([7, 7])] == [7, 7]  # one for each environment
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_continuous", "ppo_atari"])
+@pytest.mark.parametrize("name", ["ppo", "ppo_continuous", "ppo_atari", "ppo_lstm"])
 def test_settings_are_read_as_the_script_has_them(name):
     script = importlib.import_module(name)
     settings = suite.script_settings(Path(script.__file__))

@@ -77,7 +77,7 @@ RELATIVES = {
         "EnvpoolVectorEnv.__init__": (33, "games alone, or all but games"),
         "EnvpoolVectorEnv.reset": (2, "what the agent sees"),
         "EnvpoolVectorEnv.step": (18, "what the agent sees; games and lives"),
-        "find_game": (8, "not all environments are games"),
+        "find_game": (14, "not all environments are games"),
         "NatureCNN": (2, "images of any size"),
         "NatureCNN.__init__": (8, "images of any size"),
         "NatureCNN.forward": (13, "bytes are converted here"),
