@@ -34,7 +34,8 @@ from rich.table import Table
 
 from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs
 
-POLL = 1.0  # seconds between two looks at the runs; drawing the table of 15 runs takes 13 ms
+POLL = 1.0  # seconds between two looks at the runs
+DRAWING = 0.005  # of one core's time that drawing the table may take: 13 ms for 15 runs, more for more
 GRACE = 60  # seconds that a run has to write a checkpoint before it is killed
 TAIL_LINES = 10  # of a failed run's log, shown at the end
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -230,6 +231,7 @@ class Display:
     def __init__(self, tasks: list[Task], title: str, every: float = 30):
         self.tasks, self.title, self.every, self.console = tasks, title, every, Console()
         self.shown, self.reported = {task: task.status for task in tasks}, time.monotonic()
+        self.redraw = -math.inf  # when the table is due again, unless a status changes before
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -238,17 +240,22 @@ class Display:
         return self
 
     def __exit__(self, *exception):
+        self.redraw = -math.inf
         self.update()
         if self.live:
             self.live.stop()
 
     def update(self) -> None:
         """Reads the progress of what is running, and shows it."""
+        statuses, start = {task: task.status for task in self.tasks}, time.thread_time()
+        if self.live and statuses == self.shown and time.monotonic() < self.redraw:
+            return
         for task in self.tasks:
             if task.status in ("running", "elsewhere"):
                 task.look()
         if self.live:
             self.live.update(self.table(), refresh=True)
+            self.shown, self.redraw = statuses, time.monotonic() + (time.thread_time() - start) / DRAWING
             return
         due = time.monotonic() - self.reported > self.every
         for task in self.tasks:

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -547,6 +548,26 @@ def test_table():
     assert re.search(r"Crash-v0 +│ 1 +│ failed +│ 16/64 +│ 100 steps/s +│ return 1.5 +│", last)
     assert re.search(r"Good-v0 +│ 1 +│ finished +│ 64/64 +│ 100 steps/s +│ return 4.5 +│", last)
     assert "the pole is on fire" in last
+
+
+def test_table_is_drawn_less_often_the_longer_it_takes(monkeypatch):
+    """It may take a two-hundredth of one core; but a run that ends is shown at once."""
+    write_suite("Good-v0", seeds=(1, 2))
+    tasks = [benchmark.run.Task(job, Path("runs")) for job in load_suite("suite.toml").jobs()]
+    display, now, drawn = benchmark.run.Display(tasks, "A suite"), [0.0], []
+
+    def draw(table, refresh):
+        drawn.append(now[0])
+        now[0] += 0.02
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: now[0])
+    monkeypatch.setattr(benchmark.run, "time", clock)
+    display.live = SimpleNamespace(update=draw)
+    for second in range(20):
+        now[0] = float(second)
+        tasks[0].status = "waiting" if second < 7 else "running"
+        display.update()
+    assert drawn == [0, 5, 7, 12, 17]
 
 
 # The same with ppo.py
