@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs
+from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs, writing
 
 POLL = 1.0  # seconds between two looks at the runs
 DRAWING = 0.005  # of one core's time that drawing the table may take: 13 ms for 15 runs, more for more
@@ -322,10 +323,21 @@ class Stop:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def stopping(tasks: list[Task]) -> Iterator[None]:
+    """Stops all runs if what watches them fails: else it would wait for their end, and not listen to Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for task in tasks:
+            task.stop(signal.SIGTERM)
+        raise
+
+
 def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
     """Runs tasks on this machine; returns whether it was told to stop before the end."""
     threads = max(1, cores() // workers)
-    with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool:
+    with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool, stopping(tasks):
         pending = {pool.submit(task.run, threads) for task in tasks}
         deadline = math.inf
         while pending or any(task.status == "elsewhere" for task in tasks):
@@ -352,12 +364,10 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
 
 def prepare(runs_dir: Path) -> None:
     """Creates the directory with what the harness keeps there; raises InputError where nothing can be written."""
-    try:
+    with writing(runs_dir):
         for name in (".locks", "logs"):
             (runs_dir / name).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=runs_dir).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {runs_dir}: {error}") from error
 
 
 def plan(task: Task) -> str:
@@ -390,6 +400,10 @@ def main(args: Args) -> int:
     """Runs a suite; returns the exit code: 0 if all of it is finished, 1 if anything failed, 130 if stopped."""
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, not {args.workers}")
+    if args.seeds is not None and min(args.seeds, default=-1) < 0:
+        raise InputError(f"--seeds takes whole numbers from 0, not {' '.join(map(str, args.seeds)) or 'nothing'}")
+    if args.slurm and args.launcher != "slurm":
+        raise InputError("--slurm needs --launcher slurm")
     try:
         extra = shlex.split(args.extra)
     except ValueError as error:

@@ -158,3 +158,20 @@ def test_bad_input(tmp_path, capsys):
     assert "there is no suite clasic" in refused("clasic")
     (make_run(tmp_path / "runs", "A-v0", 1, [1]) / "metrics.jsonl").write_text("")
     assert "A-v0__ppo__1__1700000001 is left out: it has not done an update" in refused(str(suite))
+
+
+def test_page_that_cannot_be_written(tmp_path, capsys):
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    make_run(tmp_path / "runs", "A-v0", 1, [1])
+    assert benchmark(["report", str(suite), f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"cannot write to {tmp_path}: " in err
+
+
+def test_suite_without_runs_is_said(tmp_path, capsys):
+    """Beside one that has some."""
+    suites = make_suite(tmp_path, ["A-v0"], [1]), make_suite(tmp_path, ["A-v0"], [2], name="empty")
+    make_run(tmp_path / "runs", "A-v0", 1, [1])
+    words = [f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path / 'report.html'}"]
+    assert benchmark(["report", *map(str, suites), *words]) == 0
+    assert capsys.readouterr().err == f"no runs of empty in {tmp_path / 'runs'}\n"

@@ -212,6 +212,19 @@ def test_another_destination_gets_everything(send, service, tmp_path):
     assert record == dict.fromkeys(["default/trials", "team/trials"], {"lines": 40, "videos": ["episode-0.mp4"]})
 
 
+@pytest.mark.parametrize(("mode", "message"), [("ofline", "Input should be 'online'"), ("disabled", "nothing")])
+def test_mode_in_which_nothing_can_be_sent(send, tmp_path, monkeypatch, mode, message):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", mode)
+    wandb.teardown()
+    code, out, err = send()
+    wandb.teardown()
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("benchmark upload: error: ") and message in err
+    assert not list((tmp_path / "runs").rglob(upload.RECORD))
+
+
 def test_no_runs(suite, tmp_path, capsys):
     assert benchmark(["upload", str(suite), f"--runs-dir={tmp_path / 'nothing'}"]) == 2
     out, err = capsys.readouterr()
