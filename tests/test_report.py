@@ -10,6 +10,8 @@ from synthetic import BATCH, make_run, make_suite
 from benchmark import report
 from benchmark.__main__ import main as benchmark
 
+WAIT = 300_000  # milliseconds after which a test gives up; a busy machine needs more than the usual 30 seconds
+
 
 @pytest.fixture(scope="module")
 def chromium():
@@ -34,8 +36,9 @@ def page(chromium, tmp_path_factory):
     words = [str(suite), str(other), f"--runs-dir={folder / 'runs'}", f"--output={folder / 'report.html'}"]
     assert benchmark(["report", *words]) == 0
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=WAIT)
         context = browser.new_context(offline=True, viewport={"width": 1300, "height": 700})
+        context.set_default_timeout(WAIT)
         tab = context.new_page()
         tab.problems, tab.requests = [], []
         tab.on("pageerror", lambda error: tab.problems.append(str(error)))
