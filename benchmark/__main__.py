@@ -7,6 +7,9 @@ Only the module of the command at hand is imported: drawing a figure needs no la
 import contextlib
 import importlib
 import io
+import itertools
+import os
+import re
 import sys
 
 import tyro
@@ -23,6 +26,11 @@ COMMANDS = {
 }
 
 
+def is_ruler(line: str) -> bool:
+    """Whether a line separates parts of a message."""
+    return not line.strip("─-╰╯")
+
+
 def parse(kind: type, words: list[str], prog: str):
     """Reads a command's options; raises InputError for those that it does not have."""
     box = io.StringIO()
@@ -32,9 +40,15 @@ def parse(kind: type, words: list[str], prog: str):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws a box around what is wrong; below a ruler in it follows what may have been meant.
-        lines = " ".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:-1])
-        raise InputError(" ".join(lines.split("───")[0].split())) from None
+        # tyro draws a box, in ASCII where there is nothing else. Below its title stands what is wrong, and below the
+        # next ruler or empty line what was tried and what may have been meant.
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+        lines = itertools.dropwhile(is_ruler, lines)
+        message = " ".join(" ".join(itertools.takewhile(lambda line: not is_ruler(line), lines)).split())
+        if match := re.match(r"Error parsing (\S+): no type matching \{None\}\|(.+) could .* from \[(.+)\]", message):
+            option, kind, given = match.groups()
+            message = f"{option} takes {kind.strip('{}')}, not {given}"
+        raise InputError(message) from None
 
 
 def main(words: list[str]) -> int:
@@ -48,12 +62,17 @@ def main(words: list[str]) -> int:
         if command not in COMMANDS:
             raise InputError(f"there is no command {command}{similar(command, COMMANDS)}")
         module = importlib.import_module(f"benchmark.{command}")
-        return module.main(parse(module.Args, words[1:], f"python -m benchmark {command}"))
+        code = module.main(parse(module.Args, words[1:], f"python -m benchmark {command}"))
+        sys.stdout.flush()  # here, where it can be said what happens if that fails
+        return code
     except InputError as error:
         print(f"benchmark {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes stdout
+        return 1
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from scipy import stats
 
 from benchmark.plot import RETURN, metric_by_update
 from benchmark.run import Display, Task, prepare, run_local, summarize
-from benchmark.suite import ROOT, Job, read_metrics
+from benchmark.suite import ROOT, InputError, Job, read_metrics
 
 CLASSIC = [
     ("core-2", "--no-orthogonal-init"),
@@ -111,6 +111,8 @@ def difference(a: list[float], b: list[float]) -> str:
 
 def main(args: Args) -> int:
     """Runs everything and writes the CSV; returns the exit code."""
+    if args.workers < 1 or args.seeds < 2:  # one seed alone has no interval
+        raise InputError("--workers must be at least 1, and --seeds at least 2")
     study, runs_dir = STUDIES[args.study], args.runs_dir.resolve()
     variants, results_file = study.variants, ROOT / f"benchmark/results/ablations_{args.study}.csv"
     pairs = [(flags, seed) for seed in range(1, args.seeds + 1) for flags in ["", *(flags for _, flags in variants)]]

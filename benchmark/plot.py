@@ -27,7 +27,7 @@ import tyro
 from scipy import stats
 
 from benchmark.provenance import provenance
-from benchmark.suite import REFERENCE, ROOT, InputError, Suite, load_suite, read_metrics, similar, suite_runs
+from benchmark.suite import REFERENCE, ROOT, InputError, Suite, load_suite, read_metrics, similar, suite_runs, writing
 
 RETURN = "charts/episodic_return"
 EPISODES = 100  # that a mean return is over
@@ -343,7 +343,8 @@ def main(args: Args) -> int:
     data = args.results / f"{suite.name}{suffix}.csv"
     ours, parts = collect(suite, runs_dir, args.metric)
     if ours:
-        write_curves(data, ours, args.metric, parts)
+        with writing(args.results):
+            write_curves(data, ours, args.metric, parts)
     elif data.exists():
         note(f"no runs in {runs_dir}: drawing from {data}")
     else:
@@ -362,7 +363,9 @@ def main(args: Args) -> int:
     published = suite.published if comparable else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, official, published, args)
-    (args.results / f"{name}.md").write_text(text + "\n")
-    draw(suite, ours, official, published, args, args.output / (name + "_hours" * (args.x == "hours")))
+    with writing(args.results):
+        (args.results / f"{name}.md").write_text(text + "\n")
+    with writing(args.output):
+        draw(suite, ours, official, published, args, args.output / (name + "_hours" * (args.x == "hours")))
     print(text)
     return 0

@@ -18,7 +18,7 @@ import tyro
 from plotly.colors import qualitative
 
 from benchmark.plot import RETURN, metric_by_update, thin_out
-from benchmark.suite import InputError, load_suite, read_metrics, suite_runs
+from benchmark.suite import InputError, load_suite, read_metrics, suite_runs, writing
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 POINTS = 250  # of each curve, as long as there are few
@@ -46,6 +46,10 @@ def load_runs(args: Args) -> list[dict]:
     """What the page knows of each run; raises InputError if there is none."""
     suites = [load_suite(name) for name in dict.fromkeys(args.suites)]
     found = [(suite, *item) for suite in suites for item in suite_runs(suite, args.runs_dir or suite.runs_dir).items()]
+    with_runs = {suite.name for suite, *_ in found}
+    for suite in suites if found else ():
+        if suite.name not in with_runs:
+            print(f"no runs of {suite.name} in {args.runs_dir or suite.runs_dir}", file=sys.stderr)
     scripts = Counter(Path(suite.script).name for suite in suites)
     points, runs = int(np.clip(ALL_POINTS // max(len(found), 1), 30, POINTS)), []
     for suite, job, state in found:
@@ -85,8 +89,11 @@ def page(runs: list[dict]) -> str:
 
 def main(args: Args) -> int:
     """Writes the page."""
+    if not args.suites:
+        raise InputError("which suites? python -m benchmark report SUITE ...")
     runs = load_runs(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page(runs))
+    with writing(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(page(runs))
     print(f"{args.output}: {len(runs)} runs, {args.output.stat().st_size / 2**20:.1f} MiB")
     return 0

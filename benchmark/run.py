@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,9 +33,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs
+from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs, writing
 
-POLL = 1.0  # seconds between two looks at the runs; drawing the table of 15 runs takes 13 ms
+POLL = 1.0  # seconds between two looks at the runs
+DRAWING = 0.005  # of one core's time that drawing the table may take: 13 ms for 15 runs, more for more
 GRACE = 60  # seconds that a run has to write a checkpoint before it is killed
 TAIL_LINES = 10  # of a failed run's log, shown at the end
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -230,6 +232,7 @@ class Display:
     def __init__(self, tasks: list[Task], title: str, every: float = 30):
         self.tasks, self.title, self.every, self.console = tasks, title, every, Console()
         self.shown, self.reported = {task: task.status for task in tasks}, time.monotonic()
+        self.redraw = -math.inf  # when the table is due again, unless a status changes before
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -238,17 +241,22 @@ class Display:
         return self
 
     def __exit__(self, *exception):
+        self.redraw = -math.inf
         self.update()
         if self.live:
             self.live.stop()
 
     def update(self) -> None:
         """Reads the progress of what is running, and shows it."""
+        statuses, start = {task: task.status for task in self.tasks}, time.thread_time()
+        if self.live and statuses == self.shown and time.monotonic() < self.redraw:
+            return
         for task in self.tasks:
             if task.status in ("running", "elsewhere"):
                 task.look()
         if self.live:
             self.live.update(self.table(), refresh=True)
+            self.shown, self.redraw = statuses, time.monotonic() + (time.thread_time() - start) / DRAWING
             return
         due = time.monotonic() - self.reported > self.every
         for task in self.tasks:
@@ -315,10 +323,21 @@ class Stop:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def stopping(tasks: list[Task]) -> Iterator[None]:
+    """Stops all runs if what watches them fails: else it would wait for their end, and not listen to Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for task in tasks:
+            task.stop(signal.SIGTERM)
+        raise
+
+
 def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
     """Runs tasks on this machine; returns whether it was told to stop before the end."""
     threads = max(1, cores() // workers)
-    with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool:
+    with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool, stopping(tasks):
         pending = {pool.submit(task.run, threads) for task in tasks}
         deadline = math.inf
         while pending or any(task.status == "elsewhere" for task in tasks):
@@ -345,12 +364,10 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
 
 def prepare(runs_dir: Path) -> None:
     """Creates the directory with what the harness keeps there; raises InputError where nothing can be written."""
-    try:
+    with writing(runs_dir):
         for name in (".locks", "logs"):
             (runs_dir / name).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=runs_dir).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {runs_dir}: {error}") from error
 
 
 def plan(task: Task) -> str:
@@ -383,6 +400,10 @@ def main(args: Args) -> int:
     """Runs a suite; returns the exit code: 0 if all of it is finished, 1 if anything failed, 130 if stopped."""
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, not {args.workers}")
+    if args.seeds is not None and min(args.seeds, default=-1) < 0:
+        raise InputError(f"--seeds takes whole numbers from 0, not {' '.join(map(str, args.seeds)) or 'nothing'}")
+    if args.slurm and args.launcher != "slurm":
+        raise InputError("--slurm needs --launcher slurm")
     try:
         extra = shlex.split(args.extra)
     except ValueError as error:

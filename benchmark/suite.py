@@ -6,6 +6,7 @@ script: its settings are read from its source, and what a run has reached from t
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,15 @@ FREE |= {"eval_episodes", "eval_deterministic"}
 
 class InputError(Exception):
     """Something the user gave cannot work: reported in one line, with exit code 2."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an InputError of what goes wrong with writing there."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error}") from error
 
 
 @dataclass(frozen=True)

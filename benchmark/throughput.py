@@ -13,6 +13,7 @@ A command that fails is left out from then on, and reported; what the others and
 """
 
 import json
+import math
 import os
 import shlex
 import statistics
@@ -27,7 +28,7 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmark.provenance import provenance
-from benchmark.suite import ROOT, InputError
+from benchmark.suite import ROOT, InputError, writing
 
 PYTHON = shlex.quote(sys.executable)
 MODES = {"eager": "", "compile": "--compile", "amp": "--compile --amp"}
@@ -138,6 +139,12 @@ def all_commands(args: Args, peers: dict[str, str]) -> tuple[dict[str, str], dic
         raise InputError(f"there is no script {script}")
     if args.steps < 1 or args.rounds < 1 or args.seconds <= 0:
         raise InputError("--steps, --rounds and --seconds must be above 0")
+    if args.num_envs and not 1 <= min(args.num_envs) <= max(args.num_envs) <= (args.batch_size or math.inf):
+        raise InputError("--num-envs must be above 0, and not above --batch-size")
+    try:
+        shlex.split(args.flags)
+    except ValueError as error:
+        raise InputError(f"--flags: {error}") from error
     ours = f"{PYTHON} {shlex.quote(str(script))} --total-timesteps {{steps}} {args.flags}"
     if not args.num_envs:
         modes = [MODES[mode] for mode in args.modes]
@@ -168,7 +175,9 @@ def main(args: Args) -> int:
     speeds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0.0)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(args.output):  # now, not when the first round has been measured
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.output.parent).close()
 
     def leave_out(name: str, error: Failed) -> None:
         failures[name] = str(error)

@@ -104,7 +104,12 @@ def main(args: Args) -> int:
     runs = suite_runs(suite, runs_dir)
     if not runs:
         raise InputError(f"no runs of suite {suite.name} in {runs_dir}")
-    mode = wandb.setup().settings.mode
+    try:
+        mode = wandb.setup().settings.mode
+    except ValueError as error:  # pydantic's, about what environment variables say
+        raise InputError(f"wandb: {' '.join(str(error).split())}") from error
+    if mode == "disabled":
+        raise InputError("WANDB_MODE is disabled: nothing would be sent")
     destination = f"{args.entity or 'default'}/{args.project}" + (f" ({mode})" if mode != "online" else "")
     counts, in_a_row = {"sent": 0, "there already": 0, "unfinished": 0, "failed": 0}, 0
     for job, state in runs.items():

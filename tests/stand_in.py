@@ -1,7 +1,8 @@
 """Stands for a training script in the harness's tests: the same files, flags and signals, but nothing is learned.
 
 What it does depends on the environment: Crash-v0 raises in its third update, Wait-v0 stops after three updates until
-there is a file "go", Deaf-v0 does so too but ignores signals.
+there is a file "go", Deaf-v0 does so too but ignores signals, and Slow-v0 says in a file "stopping" that it has had a
+signal, and ends when there is a file "stop".
 """
 
 import json
@@ -60,8 +61,10 @@ def main() -> int:
     while update < settings["total_timesteps"] // batch:
         (path / "checkpoint.tmp").write_text(json.dumps([update, metrics.seek(0, os.SEEK_END)]))
         (path / "checkpoint.tmp").rename(path / "checkpoint.pt")
-        while update == 3 and env_id in ("Wait-v0", "Deaf-v0") and not Path("go").exists():
-            if stopped and env_id == "Wait-v0":
+        while update == 3 and env_id in ("Wait-v0", "Deaf-v0", "Slow-v0") and not Path("go").exists():
+            if stopped and env_id == "Slow-v0":
+                Path("stopping").touch()
+            if stopped and (env_id == "Wait-v0" or env_id == "Slow-v0" and Path("stop").exists()):
                 return 0
             time.sleep(0.01)
         if update == 2 and env_id == "Crash-v0" and not Path("go").exists():

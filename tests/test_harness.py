@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,11 +201,18 @@ BAD_COMMANDS = [
     ("run xyz", "there is no suite xyz; there are atari, classic, lstm, mujoco, smoke, or give a .toml file"),
     ("run xyz.toml", "cannot read the suite xyz.toml: "),
     ("run classic --workers 0", "--workers must be at least 1, not 0"),
-    ("run classic --workers x", "--workers"),
+    ("run classic --workers 1.5", "error: --workers takes INT, not '1.5'"),
+    ("run classic --seeds 1..3", "error: --seeds takes [INT [INT ...]], not '1..3'"),
+    ("run classic --dry-run --seeds -1 2", "--seeds takes whole numbers from 0, not -1 2"),
+    ("run classic --dry-run --seeds", "--seeds takes whole numbers from 0, not nothing"),
+    ("run classic --dry-run --slurm time=3", "--slurm needs --launcher slurm"),
     ("run classic --wrokers 2", "Unrecognized options: --wrokers"),
     ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma or --gae?"),
     ("run classic --extra='", "--extra: No closing quotation"),
     ("run", "Missing"),
+    ("report", "which suites?"),
+    ("ablations classic --runs-dir /dev/null --workers 0", "--workers must be at least 1, and --seeds at least 2"),
+    ("ablations classic --runs-dir /dev/null --seeds 1", "--workers must be at least 1, and --seeds at least 2"),
 ]
 
 
@@ -214,6 +222,16 @@ def test_bad_command_line(words, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not os.listdir()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_message_in_any_encoding(encoding):
+    """What tyro says comes in a box, which looks different where the terminal knows no Unicode."""
+    command = [sys.executable, "-m", "benchmark", "run", "classic", "--seeds", "1..3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "benchmark run: error: --seeds takes [INT [INT ...]], not '1..3'\n"
 
 
 def test_help(capsys):
@@ -482,6 +500,22 @@ def test_harness_is_stopped(number):
     assert_complete("Wait-v0__stand_in__1", "Good-v0__stand_in__1")
 
 
+def test_output_that_nobody_reads():
+    """As with `| head`: the runs are stopped like with Ctrl-C, which nothing would listen to any more."""
+    write_suite("Wait-v0", "Good-v0")
+    command = [sys.executable, "-m", "benchmark", "run", "suite.toml", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.close()
+    assert process.wait(WAIT) == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert trainings() == []
+    Path("go").touch()
+    assert run() == 0
+    assert "Good-v0__stand_in__1" in runs()
+
+
 def test_a_second_signal_kills():
     write_suite("Deaf-v0")
     harness = Harness()
@@ -547,6 +581,26 @@ def test_table():
     assert re.search(r"Crash-v0 +│ 1 +│ failed +│ 16/64 +│ 100 steps/s +│ return 1.5 +│", last)
     assert re.search(r"Good-v0 +│ 1 +│ finished +│ 64/64 +│ 100 steps/s +│ return 4.5 +│", last)
     assert "the pole is on fire" in last
+
+
+def test_table_is_drawn_less_often_the_longer_it_takes(monkeypatch):
+    """It may take a two-hundredth of one core; but a run that ends is shown at once."""
+    write_suite("Good-v0", seeds=(1, 2))
+    tasks = [benchmark.run.Task(job, Path("runs")) for job in load_suite("suite.toml").jobs()]
+    display, now, drawn = benchmark.run.Display(tasks, "A suite"), [0.0], []
+
+    def draw(table, refresh):
+        drawn.append(now[0])
+        now[0] += 0.02
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], thread_time=lambda: now[0])
+    monkeypatch.setattr(benchmark.run, "time", clock)
+    display.live = SimpleNamespace(update=draw)
+    for second in range(20):
+        now[0] = float(second)
+        tasks[0].status = "waiting" if second < 7 else "running"
+        display.update()
+    assert drawn == [0, 5, 7, 12, 17]
 
 
 # The same with ppo.py

@@ -189,6 +189,19 @@ def test_bad_input(tmp_path, capsys):
     assert "mixed configurations" in refused(str(suite))
 
 
+@pytest.mark.parametrize("option", ["results", "output"])
+def test_folder_that_cannot_be_written(option, tmp_path, capsys):
+    suite = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1])
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
+    folders = {"runs-dir": tmp_path / "runs", "results": tmp_path / "results", "output": tmp_path / "img"}
+    folders[option] = tmp_path / "file"
+    (tmp_path / "file").touch()
+    assert benchmark(["plot", str(suite), *(f"--{name}={path}" for name, path in folders.items())]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"benchmark plot: error: cannot write to {tmp_path / 'file'}: ")
+
+
 def test_no_run_has_an_episode(tmp_path):
     suite = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1])
     make_run(tmp_path / "runs", "A-v0", 1, [3] * 20, episodes=False)

@@ -10,6 +10,8 @@ from synthetic import BATCH, make_run, make_suite
 from benchmark import report
 from benchmark.__main__ import main as benchmark
 
+WAIT = 300_000  # milliseconds after which a test gives up; a busy machine needs more than the usual 30 seconds
+
 
 @pytest.fixture(scope="module")
 def chromium():
@@ -34,8 +36,9 @@ def page(chromium, tmp_path_factory):
     words = [str(suite), str(other), f"--runs-dir={folder / 'runs'}", f"--output={folder / 'report.html'}"]
     assert benchmark(["report", *words]) == 0
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=WAIT)
         context = browser.new_context(offline=True, viewport={"width": 1300, "height": 700})
+        context.set_default_timeout(WAIT)
         tab = context.new_page()
         tab.problems, tab.requests = [], []
         tab.on("pageerror", lambda error: tab.problems.append(str(error)))
@@ -158,3 +161,20 @@ def test_bad_input(tmp_path, capsys):
     assert "there is no suite clasic" in refused("clasic")
     (make_run(tmp_path / "runs", "A-v0", 1, [1]) / "metrics.jsonl").write_text("")
     assert "A-v0__ppo__1__1700000001 is left out: it has not done an update" in refused(str(suite))
+
+
+def test_page_that_cannot_be_written(tmp_path, capsys):
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    make_run(tmp_path / "runs", "A-v0", 1, [1])
+    assert benchmark(["report", str(suite), f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"cannot write to {tmp_path}: " in err
+
+
+def test_suite_without_runs_is_said(tmp_path, capsys):
+    """Beside one that has some."""
+    suites = make_suite(tmp_path, ["A-v0"], [1]), make_suite(tmp_path, ["A-v0"], [2], name="empty")
+    make_run(tmp_path / "runs", "A-v0", 1, [1])
+    words = [f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path / 'report.html'}"]
+    assert benchmark(["report", *map(str, suites), *words]) == 0
+    assert capsys.readouterr().err == f"no runs of empty in {tmp_path / 'runs'}\n"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,51 @@ def test_same_results_as_on_this_machine():
     assert len([path for path in before if path.name.endswith("submitted.pkl")]) == 2
     assert run_on_slurm() == 0
     assert set(Path("runs/suite/slurm").iterdir()) == before
+
+
+def time_out(number: str) -> None:
+    """The job's time is nearly up: Slurm says so before its end.
+
+    However slow the machine is, the run has minutes to come here, to stop, and to end when the job's turn comes again:
+    its limit is shortened only now, and only until the run has heard of it.
+    """
+    minutes = (datetime.now() - datetime.fromisoformat(job_state("%S"))) // timedelta(minutes=1)
+    slurm("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes + 4}")
+    wait_for(Path("stopping").exists)
+    slurm("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    Path("stop").touch()
+
+
+def preempt(number: str) -> None:
+    """A job of a partition with priority takes the whole node until the run's job waits for it."""
+    Path("stop").touch()
+    wrapped = "until [ -e over ]; do sleep 1; done"
+    slurm("sbatch", "--partition", "urgent", "--exclusive", "--output", "/dev/null", "--wrap", wrapped)
+    wait_for(lambda: job_state() == "PENDING")
+    Path("over").touch()
+
+
+def requeue(number: str) -> None:
+    """As after the failure of a node."""
+    Path("stop").touch()
+    slurm("scontrol", "requeue", number)
+
+
+@pytest.mark.parametrize("disturb", [time_out, preempt, requeue])
+def test_job_loses_its_node(disturb):
+    """The run writes a checkpoint, the job is queued again, and the run goes on where it stopped."""
+    write_suite("Slow-v0")
+    harness = start("--launcher", "slurm", "--slurm", "time=10", "signal_delay_s=240")
+    wait_for(waits)
+    number = job_state("%A")
+    disturb(number)
+    log = Path("runs/suite/logs/Slow-v0__stand_in__1.log")
+    wait_for(lambda: " --resume " in log.read_text())
+    Path("go").touch()
+    assert harness.wait(WAIT) == 0, Path("output").read_text()
+    assert_complete()
+    assert log.read_text().count("$ ") == 2
+    assert "Restarts=1" in slurm("scontrol", "show", "job", number)
 
 
 def test_watching_again():

@@ -6,6 +6,7 @@ import re
 import statistics
 
 import pytest
+from conftest import ROOT
 
 from benchmark import provenance, throughput
 from benchmark.suite import InputError
@@ -162,6 +163,10 @@ def test_number_of_environments(benchmark, monkeypatch):
         ({"peer": ["a=x '{steps}"]}, "--peer a: No closing quotation"),
         ({"script": "ppo_quantum"}, "there is no script .*ppo_quantum.py"),
         ({"rounds": 0}, "--steps, --rounds and --seconds must be above 0"),
+        ({"num_envs": [4, 0]}, "--num-envs must be above 0"),
+        ({"num_envs": [4, 16], "batch_size": 8}, "--num-envs must be above 0, and not above --batch-size"),
+        ({"flags": "'"}, "--flags: No closing quotation"),
+        ({"output": ROOT / "LICENSE" / "speed"}, "cannot write to .*LICENSE/speed"),
     ],
 )
 def test_bad_input(settings, message):

@@ -1,6 +1,8 @@
 """Uploading runs: offline, what is written is read back; online, by a service that is made up."""
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from synthetic import make_run, make_suite
@@ -38,6 +40,37 @@ def local_files(tmp_path) -> dict:
     return {path: path.read_bytes() for path in files if "wandb" not in path.parts and path.name != upload.RECORD}
 
 
+class Sent(NamedTuple):
+    """What Weights & Biases has been sent of a run."""
+
+    runs: list  # what each message about the run itself says
+    config: dict
+    history: list[dict]
+    steps: list[int]  # of the history's rows
+    files: list[str]
+    artifacts: list[tuple[str, list[str]]]  # type and files
+
+
+def read_offline(file: Path) -> Sent:
+    """What is in a file that wandb has written offline."""
+    sent = Sent([], {}, [], [], [], [])
+    for record in offline_records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            sent.runs.append(record.run)
+            sent.config.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+        elif kind == "history":
+            keys = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            sent.steps.append(record.history.step.num)
+            sent.history.append({key: value for key, value in keys.items() if not key.startswith("_")})
+        elif kind == "files":
+            sent.files.extend(item.path for item in record.files.files)
+        elif kind == "artifact" or kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            artifact = record.artifact if kind == "artifact" else record.request.log_artifact.artifact
+            sent.artifacts.append((artifact.type, [entry.path for entry in artifact.manifest.contents]))
+    return sent
+
+
 def test_offline(send, tmp_path, monkeypatch):
     """The written files hold all that the runs hold; a second upload writes nothing."""
     import wandb
@@ -54,33 +87,15 @@ def test_offline(send, tmp_path, monkeypatch):
     for seed, videos in ((1, ["videos/episode-0.mp4"]), (2, [])):
         path = tmp_path / f"runs/A-v0__ppo__{seed}__{1_700_000_000 + seed}"
         (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
-        history, config, saved, artifacts, runs, steps = [], {}, [], [], [], []
-        for record in offline_records(file):
-            kind = record.WhichOneof("record_type")
-            if kind == "run":
-                runs.append(record.run)
-                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            elif kind == "history":
-                keys = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
-                steps.append(record.history.step.num)
-                history.append({key: value for key, value in keys.items() if not key.startswith("_")})
-            elif kind == "files":
-                saved += [item.path for item in record.files.files]
-            elif (
-                kind == "artifact" or kind == "request" and record.request.WhichOneof("request_type") == "log_artifact"
-            ):
-                artifact = record.artifact if kind == "artifact" else record.request.log_artifact.artifact
-                artifacts.append((artifact.type, [entry.path for entry in artifact.manifest.contents]))
-        assert {(run.run_id, run.display_name, run.project, run.run_group, tuple(run.tags)) for run in runs} == {
+        sent = read_offline(file)
+        assert {(run.run_id, run.display_name, run.project, run.run_group, tuple(run.tags)) for run in sent.runs} == {
             (path.name, path.name, "trials", "made", ("first", "second"))
         }
-        assert config["seed"] == seed and config["total_timesteps"] == 10240
-        assert history == metrics(path)
-        assert steps == list(range(40))
-        assert [name for name in saved if name.startswith("videos")] == videos
-        assert artifacts == [("code", ["ppo.py"])]
+        assert sent.config["seed"] == seed and sent.config["total_timesteps"] == 10240
+        assert sent.history == metrics(path)
+        assert sent.steps == list(range(40))
+        assert [name for name in sent.files if name.startswith("videos")] == videos
+        assert sent.artifacts == [("code", ["ppo.py"])]
     code, out, _ = send("--tags", "first", "second")
     assert code == 0
     assert "default/trials (offline): 2 there already, 1 unfinished" in out
@@ -195,6 +210,19 @@ def test_another_destination_gets_everything(send, service, tmp_path):
     assert code == 0 and "team/trials: 2 sent" in out
     record = json.loads((tmp_path / "runs/A-v0__ppo__1__1700000001/uploaded.json").read_text())
     assert record == dict.fromkeys(["default/trials", "team/trials"], {"lines": 40, "videos": ["episode-0.mp4"]})
+
+
+@pytest.mark.parametrize(("mode", "message"), [("ofline", "Input should be 'online'"), ("disabled", "nothing")])
+def test_mode_in_which_nothing_can_be_sent(send, tmp_path, monkeypatch, mode, message):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", mode)
+    wandb.teardown()
+    code, out, err = send()
+    wandb.teardown()
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("benchmark upload: error: ") and message in err
+    assert not list((tmp_path / "runs").rglob(upload.RECORD))
 
 
 def test_no_runs(suite, tmp_path, capsys):
