@@ -661,7 +661,7 @@ def test_hidden_entries_are_the_velocities(env_id):
     size, random = MASKED[env_id], np.random.default_rng(0)
     positions, velocities = (0.1 + 0.4 * random.random((2, size)) for _ in range(2))
     seen = [show(env.unwrapped, positions[i], velocities[j]).astype(float) for i, j in ((0, 0), (0, 1), (1, 0))]
-    hidden = set(ppo.velocities(velocity_args(env_id)))
+    hidden = {entry % seen[0].size for entry in ppo.velocities(velocity_args(env_id))}  # some count from the end
     assert len(hidden) == size
     assert set(np.flatnonzero(seen[0] != seen[1])) == hidden
     if not env_id.startswith("InvertedDouble"):  # whose generalized forces are shown, too
@@ -727,7 +727,7 @@ def test_mask_velocity_hides_and_changes_nothing_else(env_id, backend, changed):
 def test_mask_velocity_is_for_listed_tasks_only(spy):
     """Of any version and from any module; others are shown as they are."""
     for env_id, expected in (("CartPole-v0", [1, 3]), ("CartPole-v1", [1, 3]), ("my_module:CartPole-v1", [1, 3]),
-                             ("Swimmer-v5", range(3, 8)), ("CartPole", [1, 3]), ("Taxi-v3", []), ("Pong", []),
+                             ("Swimmer-v5", range(-5, 0)), ("CartPole", [1, 3]), ("Taxi-v3", []), ("Pong", []),
                              ("CartPoleSwingUp-v1", []), ("test/CartPole-v1", [])):  # fmt: skip
         assert list(ppo.velocities(ppo.Args(env_id=env_id))) == list(expected)
         assert list(ppo.velocities(ppo.Args(env_id=env_id, mask_velocity=False))) == []
