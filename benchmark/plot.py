@@ -1,4 +1,4 @@
-"""Draws a suite's learning curves beside those of the official code, and writes its table.
+"""Draws a suite's learning curves beside those of the official code or of other suites, and writes its table.
 
     python -m benchmark plot classic                      # docs/img/classic.png and .svg, benchmark/results/classic.*
     python -m benchmark plot mujoco --statistic iqm       # interquartile mean instead of mean
@@ -15,6 +15,7 @@ are the strata.
 
 import csv
 import functools
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -35,7 +36,7 @@ POINTS = 122  # updates kept of each curve
 RESAMPLES = 2000  # of the bootstrap
 STATISTICS = {"mean": np.mean, "iqm": functools.partial(stats.trim_mean, proportiontocut=0.25)}
 STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean"}
-OURS, OFFICIAL, PUBLISHED = "#1763b8", "#e07b00", "#202020"
+OURS, BESIDE, PUBLISHED = "#1763b8", ("#e07b00", "#2f8f4e", "#8f3fa8"), "#202020"
 
 
 @dataclass
@@ -245,18 +246,40 @@ def final_cells(curves: dict[int, Curve], statistic: str, form: str = ".1f") -> 
     return f"{STATISTICS[statistic](finals):{form}}{deviation} ({seeds})", bounds, runtime
 
 
-def table(suite: Suite, ours: Curves, official: Curves, published: dict, args: Args) -> str:
+def beside(suite: Suite, args: Args, suffix: str) -> dict[str, Curves]:
+    """What a suite is compared with: curves by what they are called, of the official code and of other suites."""
+    groups = {}
+    if suite.reference and args.metric == RETURN:
+        groups[suite.reference_label] = read_curves(REFERENCE / suite.reference)
+    for other in map(load_suite, suite.compare):
+        path = args.results / f"{other.name}{suffix}.csv"
+        if not path.exists():
+            note(f"suite {other.name} is left out: there is no {path}; python -m benchmark plot {other.name} writes it")
+            continue
+        groups[other.title if other.script == suite.script else Path(other.script).name] = read_curves(path)
+    groups = {name: {env: curves[env] for env in suite.env_ids if env in curves} for name, curves in groups.items()}
+    return {name: curves for name, curves in groups.items() if curves}
+
+
+def short(env_id: str) -> str:
+    """An environment's name without its module."""
+    return env_id.rpartition(":")[2]
+
+
+def table(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args) -> str:
     """Markdown table of what was reached at the end."""
     script, what = Path(suite.script).name, f"{STATISTIC_NAMES[args.statistic]} +- std"
     form = ".1f" if args.metric == RETURN else ".4g"  # what is no return may be small
     heads = ["environment", f"{script}: {what}", "95% interval"]
-    heads += [f"{suite.reference_label}: {what}", "95% interval"] * bool(official)
+    for name in others:
+        heads += [f"{name}: {what}", "95% interval"]
     heads += [suite.published_label] * bool(published) + ["runtime"]
     lines = [heads, ["---"] * len(heads)]
     for env_id in suite.env_ids:
         final, bounds, runtime = final_cells(ours.get(env_id, {}), args.statistic, form)
-        cells = [env_id, final, bounds]
-        cells += final_cells(official.get(env_id, {}), args.statistic)[:2] * bool(official)
+        cells = [short(env_id), final, bounds]
+        for curves in others.values():
+            cells += final_cells(curves.get(env_id, {}), args.statistic, form)[:2]
         cells += ["{} +- {}".format(*published[env_id]) if env_id in published else "-"] * bool(published)
         lines.append([*cells, runtime])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
@@ -270,7 +293,7 @@ def legend_label(name: str, curves: Curves) -> str:
     return f"{name}, {seeds}" + (f" ({counted(unfinished, 'run')} unfinished)" if unfinished else "")
 
 
-def draw(suite: Suite, ours: Curves, official: Curves, published: dict, args: Args, path: Path) -> None:
+def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args, path: Path) -> None:
     """Writes the figure as path.png and path.svg: one panel for each environment, one legend for all."""
     import matplotlib
 
@@ -288,8 +311,10 @@ def draw(suite: Suite, ours: Curves, official: Curves, published: dict, args: Ar
     size = (max(4.2 * columns, 6), 3.3 * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     groups = [(Path(suite.script).name, ours, OURS, "-")]
-    if args.x == "steps":  # of the official code the time is not known
-        groups.append((suite.reference_label, official, OFFICIAL, "--"))
+    for (name, curves), color in zip(others.items(), itertools.cycle(BESIDE)):
+        timed = not any(np.isnan(curve.hours).any() for seeds in curves.values() for curve in seeds.values())
+        if args.x == "steps" or timed:  # of the official code the time is not known
+            groups.append((name, curves, color, "--"))
     what = f"return, mean of {EPISODES} episodes" if args.metric == RETURN else args.metric
     handles = {}
     for index, axis in enumerate(axes.flat):
@@ -316,7 +341,7 @@ def draw(suite: Suite, ours: Curves, official: Curves, published: dict, args: Ar
         if np.ptp(axis.dataLim.intervaly) < 1e-6 and ends:  # a flat curve needs a scale of its own
             middle = axis.dataLim.intervaly[0]
             axis.set_ylim(middle - max(abs(middle) / 4, 1), middle + max(abs(middle) / 4, 1))
-        axis.set_title(env_id)
+        axis.set_title(short(env_id))
         if index % columns == 0:
             axis.set_ylabel(what)
         if index + columns >= len(suite.env_ids):
@@ -357,15 +382,13 @@ def main(args: Args) -> int:
                 note(f"{env_id} seed {seed} is unfinished: {curve.part:.0%} of its steps are done")
     if args.x == "hours" and all(np.isnan(c.hours).all() for seeds in ours.values() for c in seeds.values()):
         raise InputError(f"{data} does not say how long the runs took")
-    comparable = args.metric == RETURN
-    official = read_curves(REFERENCE / suite.reference) if suite.reference and comparable else {}
-    official = {env_id: seeds for env_id, seeds in official.items() if env_id in suite.env_ids}
-    published = suite.published if comparable else {}
+    others = beside(suite, args, suffix)
+    published = suite.published if args.metric == RETURN else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
-    text = table(suite, ours, official, published, args)
+    text = table(suite, ours, others, published, args)
     with writing(args.results):
         (args.results / f"{name}.md").write_text(text + "\n")
     with writing(args.output):
-        draw(suite, ours, official, published, args, args.output / (name + "_hours" * (args.x == "hours")))
+        draw(suite, ours, others, published, args, args.output / (name + "_hours" * (args.x == "hours")))
     print(text)
     return 0

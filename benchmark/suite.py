@@ -71,6 +71,7 @@ class Suite:
     flags: tuple[str, ...] = ()
     reference: str | None = None  # file in benchmark/reference with curves of the official code
     reference_label: str = "official code"
+    compare: tuple[str, ...] = ()  # files of other suites whose curves are drawn beside
     published: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and deviation of the final return
     published_label: str = "article"
     steps_label: str = "environment steps"
@@ -169,6 +170,7 @@ KEYS = {
     "flags": (lambda value: list_of(str, value), "a list of strings"),
     "reference": (text, "a string"),
     "reference_label": (text, "a string"),
+    "compare": (lambda value: different(str, value), "a list of names of suites"),
     "published": (
         lambda value: (
             isinstance(value, dict) and all(list_of(int | float, pair) and len(pair) == 2 for pair in value.values())
@@ -206,6 +208,12 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
     if "reference" in table and not (REFERENCE / table["reference"]).is_file():
         raise InputError(f"{path}: there is no {REFERENCE / table['reference']}")
 
+    for index, name in enumerate(table.get("compare", [])):
+        found = [file for file in (path.with_name(f"{name}.toml"), SUITES / f"{name}.toml") if file.is_file()]
+        if not found:
+            raise InputError(f"{path}: there is no suite {name} to compare with")
+        table["compare"][index] = str(found[0])
+
     # A script beside the suite's file comes before one of this repository.
     beside = path.resolve().parent / table["script"]
     script = beside if beside.is_file() else ROOT / table["script"]
@@ -216,7 +224,8 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
     settings = {name: default for name, (_, default) in known.items()}
     settings |= parse_flags(table["flags"], known, script.name)
     table["script"] = str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)
-    table["env_ids"], table["seeds"] = tuple(table["env_ids"]), tuple(table["seeds"])
+    for key in ("env_ids", "seeds", "compare"):
+        table[key] = tuple(table.get(key, ()))
     table["published"] = {env_id: tuple(pair) for env_id, pair in table.get("published", {}).items()}
     exp_name = settings.get("exp_name") or script.stem
     settings = {name: value for name, value in settings.items() if name not in FREE}

@@ -171,6 +171,8 @@ BAD_SUITES = [
     ('script = "README.md"', "cannot read"),
     ('script = "tests/conftest.py"', "has no class Args"),
     ('reference = "nope.csv"', "there is no"),
+    ('compare = "classic"', "compare must be a list of names of suites, not 'classic'"),
+    ('compare = ["nope"]', "there is no suite nope to compare with"),
     ("published = {CartPole-v1 = 3}", "published must be a table of [mean, standard deviation]"),
     ("published = {Pong = [3, 1]}", "published has Pong, which env_ids has not"),
     ('flags = ["--compil"]', "ppo.py has no flag --compil; did you mean --compile?"),

@@ -128,6 +128,33 @@ def test_table_figure_and_data(draw, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == contents
 
 
+def test_other_suites_are_drawn_beside(draw, tmp_path):
+    """Their curves come from their CSV, for the environments that both have; one that was not plotted is named."""
+    make_suite(tmp_path, env_ids=["m:A-v0", "B-v0"], name="other")
+    make_suite(tmp_path, env_ids=["m:A-v0"], name="unplotted")
+    suite = make_suite(tmp_path, env_ids=["m:A-v0", "C-v0"], compare=["other", "unplotted"])
+    for name, env_id, final in (
+        ("runs", "m-A-v0", 9),
+        ("runs", "C-v0", 8),
+        ("others", "m-A-v0", 4),
+        ("others", "B-v0", 3),
+    ):
+        for seed in (1, 2, 3):
+            make_run(tmp_path / name, env_id, seed, [final] * 20)
+    draw(tmp_path / "other.toml", runs_dir=tmp_path / "others")
+    for x in ("steps", "hours"):
+        rows, err = draw(suite, x=x)
+        assert "suite unplotted is left out: there is no" in err
+        assert rows["environment"][2:4] == ["Made up: mean +- std", "95% interval"]  # the same script: its title
+        assert rows["A-v0"][:4] == ["9.0 +- 0.0 (3 seeds)", "9.0 to 9.0", "4.0 +- 0.0 (3 seeds)", "4.0 to 4.0"]
+        assert rows["C-v0"][2] == "-" and "B-v0" not in rows
+    for figure in ("made.svg", "made_hours.svg"):
+        svg = (tmp_path / "img" / figure).read_text()
+        assert "Made up, 3 seeds" in svg and "<!-- A-v0 -->" in svg
+    _, err = draw(suite, metric="losses/entropy")
+    assert "suite other is left out" in err
+
+
 def test_what_is_missing_or_unfinished_is_said(draw, tmp_path):
     suite = make_suite(tmp_path, seeds=[1, 2, 3, 4], env_ids=["A-v0", "B-v0", "C-v0"])
     make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
