@@ -2,6 +2,7 @@
 
     python -m benchmark ablations classic    # ppo.py; runs what is missing, then writes benchmark/results/
     python -m benchmark ablations mujoco     # ppo_continuous.py
+    python -m benchmark ablations lstm       # ppo_lstm.py
     python docs/index_details.py             # puts the effects into docs/details.md
 
 Two numbers for each variant, as differences from the defaults with a 95% interval (Welch) over seeds: the mean of the
@@ -54,6 +55,16 @@ CONTINUOUS = [
     ("extra-1", "--no-adam-eps-hat"),
     ("extra-14", "--bootstrap-truncated"),
 ]
+LSTM = [
+    ("lstm-1", "--no-lstm-orthogonal-init"),
+    ("lstm-3", "--no-reset-lstm-state"),
+    ("lstm-4", "--shuffle-lstm-steps"),
+    ("lstm-5", "--no-reconstruct-lstm-state"),
+    ("extra-22", "--no-encoder"),
+    ("continuous-6", "--no-norm-obs"),
+    ("continuous-8", "--no-norm-reward"),
+    ("extra-14", "--no-bootstrap-truncated"),
+]
 
 
 class Study(NamedTuple):
@@ -63,11 +74,13 @@ class Study(NamedTuple):
     env_id: str
     total_timesteps: int
     variants: list[tuple[str, str]]
+    flags: str = "--compile"  # of all variants
 
 
 STUDIES = {
     "classic": Study("ppo.py", "CartPole-v1", 200_000, CLASSIC),
     "mujoco": Study("ppo_continuous.py", "HalfCheetah-v4", 200_000, CONTINUOUS),
+    "lstm": Study("ppo_lstm.py", "CartPole-v1", 200_000, LSTM, "--bootstrap-truncated"),
 }
 
 
@@ -75,7 +88,7 @@ STUDIES = {
 class Args:
     """Runs the ablations."""
 
-    study: tyro.conf.Positional[Literal["classic", "mujoco"]]
+    study: tyro.conf.Positional[Literal["classic", "mujoco", "lstm"]]
     """which variants"""
     runs_dir: Path = Path("runs/ablations")
     """where the run directories are"""
@@ -92,8 +105,8 @@ def name_of(flags: str) -> str:
 
 def job(study: Study, flags: str, seed: int) -> Job:
     """The training of a variant with a seed."""
-    words = ("--compile", "--exp-name", name_of(flags), "--total-timesteps", str(study.total_timesteps), *flags.split())
-    return Job(study.script, study.env_id, seed, words, name_of(flags))
+    words = f"{study.flags} --exp-name {name_of(flags)} --total-timesteps {study.total_timesteps} {flags}".split()
+    return Job(study.script, study.env_id, seed, tuple(words), name_of(flags))
 
 
 def scores(run_dir: Path) -> tuple[float, float]:

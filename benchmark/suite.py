@@ -68,14 +68,14 @@ class Suite:
     script: str
     env_ids: tuple[str, ...]
     seeds: tuple[int, ...]
-    flags: tuple[str, ...] = ()
+    flags: dict[str, tuple[str, ...]]  # by environment
+    settings: dict[str, dict]  # by environment: what config.json of its runs must say, without what is FREE
     reference: str | None = None  # file in benchmark/reference with curves of the official code
     reference_label: str = "official code"
     compare: tuple[str, ...] = ()  # files of other suites whose curves are drawn beside
     published: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and deviation of the final return
     published_label: str = "article"
     steps_label: str = "environment steps"
-    settings: dict = field(default_factory=dict)  # what config.json of its runs must say, without what is FREE
     exp_name: str = ""
 
     @property
@@ -86,7 +86,7 @@ class Suite:
     def jobs(self, seeds: Iterable[int] | None = None) -> list[Job]:
         """All jobs; every environment's first seed comes before any one's second."""
         chosen = dict.fromkeys(self.seeds if seeds is None else seeds)
-        return [Job(self.script, env, seed, self.flags, self.exp_name) for seed in chosen for env in self.env_ids]
+        return [Job(self.script, env, seed, self.flags[env], self.exp_name) for seed in chosen for env in self.env_ids]
 
 
 def similar(word: str, words: Iterable[str], prefix: str = "") -> str:
@@ -168,6 +168,10 @@ KEYS = {
     "env_ids": (lambda value: different(str, value), "a list of different strings"),
     "seeds": (lambda value: different(int, value) and min(value) >= 0, "a list of different whole numbers from 0"),
     "flags": (lambda value: list_of(str, value), "a list of strings"),
+    "env_flags": (
+        lambda value: isinstance(value, dict) and all(list_of(str, flags) for flags in value.values()),
+        "a table of lists of strings",
+    ),
     "reference": (text, "a string"),
     "reference_label": (text, "a string"),
     "compare": (lambda value: different(str, value), "a list of names of suites"),
@@ -203,8 +207,9 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
             raise InputError(f"{path}: {key} must be {expected}, not {value!r}")
     if missing := [key for key in ("title", "script", "env_ids", "seeds") if key not in table]:
         raise InputError(f"{path}: {' and '.join(missing)} missing")
-    if unknown := [env_id for env_id in table.get("published", {}) if env_id not in table["env_ids"]]:
-        raise InputError(f"{path}: published has {', '.join(unknown)}, which env_ids has not")
+    for key in ("published", "env_flags"):
+        if unknown := [env_id for env_id in table.get(key, {}) if env_id not in table["env_ids"]]:
+            raise InputError(f"{path}: {key} has {', '.join(unknown)}, which env_ids has not")
     if "reference" in table and not (REFERENCE / table["reference"]).is_file():
         raise InputError(f"{path}: there is no {REFERENCE / table['reference']}")
 
@@ -220,15 +225,20 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
     if not script.is_file():
         raise InputError(f"{path}: its script {table['script']} does not exist")
     known = script_settings(script)
-    table["flags"] = (*table.get("flags", ()), *extra_flags)
-    settings = {name: default for name, (_, default) in known.items()}
-    settings |= parse_flags(table["flags"], known, script.name)
+    defaults = {name: default for name, (_, default) in known.items()}
+    flags = parse_flags((*table.get("flags", ()), *extra_flags), known, script.name)
+    exp_name = flags.get("exp_name") or defaults.get("exp_name") or script.stem
+    common, special, settings = table.get("flags", ()), table.pop("env_flags", {}), {}
+    if any("exp_name" in parse_flags(words, known, script.name) for words in special.values()):
+        raise InputError(f"{path}: --exp-name must be the same for all environments")
+    table["flags"] = {env: (*common, *special.get(env, ()), *extra_flags) for env in table["env_ids"]}
+    for env_id, words in table["flags"].items():
+        given = defaults | parse_flags(words, known, script.name)
+        settings[env_id] = {name: value for name, value in given.items() if name not in FREE}
     table["script"] = str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)
     for key in ("env_ids", "seeds", "compare"):
         table[key] = tuple(table.get(key, ()))
     table["published"] = {env_id: tuple(pair) for env_id, pair in table.get("published", {}).items()}
-    exp_name = settings.get("exp_name") or script.stem
-    settings = {name: value for name, value in settings.items() if name not in FREE}
     return Suite(name=path.stem, settings=settings, exp_name=exp_name, **table)
 
 
@@ -319,10 +329,10 @@ def run_state(run_dir: Path) -> RunState:
     )
 
 
-def differences(suite: Suite, config: dict) -> list[str]:
+def differences(suite: Suite, env_id: str, config: dict) -> list[str]:
     """In what a run's settings differ from the suite's; one that its script did not have yet counts as the default."""
     defaults = script_settings(ROOT / suite.script)
-    pairs = {name: (config.get(name, defaults[name][1]), value) for name, value in suite.settings.items()}
+    pairs = {name: (config.get(name, defaults[name][1]), value) for name, value in suite.settings[env_id].items()}
     return [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
 
 
@@ -335,7 +345,7 @@ def suite_runs(suite: Suite, runs_dir: Path, seeds: Iterable[int] | None = None)
     for job in suite.jobs(seeds):
         states = [run_state(path) for path in reversed(runs.get(job.name, []))]
         for state in states:
-            if state.config and (different := differences(suite, state.config)):
+            if state.config and (different := differences(suite, job.env_id, state.config)):
                 raise InputError(
                     f"mixed configurations: {state.path} has {', '.join(different)} (suite {suite.name}); "
                     "move it away, or give another --runs-dir"

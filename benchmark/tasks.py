@@ -2,10 +2,11 @@
 
     python ppo.py --env-id benchmark.tasks:MaskedCartPole-v1
     python ppo_continuous.py --env-id benchmark.tasks:MaskedPendulum-v1
+    python ppo.py --env-id benchmark.tasks:MaskedLunarLander-v3
     python ppo.py --env-id benchmark.tasks:MemoryS7-v0
 
-Masked tasks hide the velocities by the very wrapper of ppo_lstm.py. The others are EnvPool's MiniGrid rooms in which
-the agent must remember an object that it has seen at the start.
+Masked tasks hide the velocities by the very wrapper of ppo_lstm.py. LunarLander is EnvPool's, and so are MiniGrid's
+rooms, in which the agent must remember an object that it has seen at the start.
 """
 
 import gymnasium as gym
@@ -14,34 +15,40 @@ import numpy as np
 from ppo_lstm import VELOCITIES, MaskVelocity
 
 
-class MiniGrid(gym.Env):
-    """One of EnvPool's MiniGrid environments; its observations are the images [7, 7, 3] of what lies ahead."""
+class Single(gym.Env):
+    """One of EnvPool's environments; of MiniGrid's observations the images [7, 7, 3] of what lies ahead."""
 
     def __init__(self, env_id: str):
         import envpool
 
         self.make = lambda seed: envpool.make_gymnasium(env_id, num_envs=1, seed=seed)
         self.pool = self.make(0)
-        self.observation_space, self.action_space = self.pool.observation_space["image"], self.pool.action_space
+        space, self.action_space = self.pool.observation_space, self.pool.action_space
+        self.observation_space = space["image"] if isinstance(space, gym.spaces.Dict) else space
+
+    def visible(self, obs: np.ndarray | dict) -> np.ndarray:
+        """What the agent sees of the pool's observations."""
+        return (obs["image"] if isinstance(obs, dict) else obs)[0]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """A new room."""
+        """A new episode."""
         super().reset(seed=seed)
         self.pool = self.make(seed % 2**31) if seed is not None else self.pool
-        return self.pool.reset()[0]["image"][0], {}
+        return self.visible(self.pool.reset()[0]), {}
 
     def step(self, action):
         """One step; EnvPool cuts episodes off by itself."""
         obs, reward, terminated, truncated, _ = self.pool.step(np.array([action]))
-        return obs["image"][0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+        return self.visible(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
 
-def masked(env_id: str, task: str) -> gym.Env:
+def masked(env_id: str) -> gym.Env:
     """The task with its velocities shown as 0."""
-    return MaskVelocity(gym.make(env_id), VELOCITIES[task])
+    env = Single(env_id) if env_id.startswith("LunarLander") else gym.make(env_id)
+    return MaskVelocity(env, VELOCITIES[env_id[:-3]])
 
 
-for env_id in ("CartPole-v1", "Pendulum-v1", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
-    gym.register(f"Masked{env_id}", masked, kwargs={"env_id": env_id, "task": env_id[:-3]})
+for env_id in ("CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
+    gym.register(f"Masked{env_id}", masked, kwargs={"env_id": env_id}, disable_env_checker=True)
 for size in (7, 9, 11, 13):
-    gym.register(f"MemoryS{size}-v0", MiniGrid, kwargs={"env_id": f"MiniGrid-MemoryS{size}-v0"})
+    gym.register(f"MemoryS{size}-v0", Single, kwargs={"env_id": f"MiniGrid-MemoryS{size}-v0"}, disable_env_checker=True)

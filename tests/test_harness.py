@@ -150,9 +150,30 @@ FLAGS = ["--compile", "--no-norm-adv", "--total-timesteps=2_000", "--learning-ra
 
 @pytest.mark.parametrize("flags", [FLAGS, ["--target-kl", "None", "--exp_name=a b", "--ent-coef", "0"]])
 def test_flags_mean_what_they_mean_to_the_script(flags):
-    settings = load_suite("classic", flags).settings
+    settings = load_suite("classic", flags).settings["CartPole-v1"]
     expected = asdict(importlib.import_module("ppo").parse_args(["--compile", *flags]))
     assert settings == {name: value for name, value in expected.items() if name not in suite.FREE}
+
+
+def test_flags_of_one_environment():
+    """They come after the suite's and before those of the command line; runs are compared with their environment's."""
+    write_suite("A", "B", flags=("--total-timesteps", "8"))
+    with open("suite.toml", "a") as file:
+        file.write('[env_flags]\nB = ["--total-timesteps", "16", "--gamma", "0.25"]\n')
+    made = load_suite("suite.toml", ["--gamma", "0.75"])
+    assert made.flags == {
+        "A": ("--total-timesteps", "8", "--gamma", "0.75"),
+        "B": ("--total-timesteps", "8", "--total-timesteps", "16", "--gamma", "0.25", "--gamma", "0.75"),
+    }
+    assert [made.settings[env]["total_timesteps"] for env in "AB"] == [8, 16]
+    assert {job.env_id: job.flags for job in made.jobs()} == made.flags
+    made = load_suite("suite.toml")
+    settings = made.settings["B"] | {"env_id": "B"}
+    write_run("B__stand_in__1__1", settings, [UPDATE])
+    assert [state.path.name for state in suite_runs(made, Path("runs/suite")).values()] == ["B__stand_in__1__1"]
+    write_run("A__stand_in__1__1", settings | {"env_id": "A"}, [UPDATE])
+    with pytest.raises(InputError, match="total_timesteps 16 instead of 8"):
+        suite_runs(made, Path("runs/suite"))
 
 
 BAD_SUITES = [
@@ -175,6 +196,10 @@ BAD_SUITES = [
     ('compare = ["nope"]', "there is no suite nope to compare with"),
     ("published = {CartPole-v1 = 3}", "published must be a table of [mean, standard deviation]"),
     ("published = {Pong = [3, 1]}", "published has Pong, which env_ids has not"),
+    ('env_flags = ["--compile"]', "env_flags must be a table of lists of strings"),
+    ('env_flags = {Pong = ["--compile"]}', "env_flags has Pong, which env_ids has not"),
+    ('env_flags = {CartPole-v1 = ["--compil"]}', "ppo.py has no flag --compil; did you mean --compile?"),
+    ('env_flags = {CartPole-v1 = ["--exp-name", "a"]}', "--exp-name must be the same for all environments"),
     ('flags = ["--compil"]', "ppo.py has no flag --compil; did you mean --compile?"),
     ('flags = ["--no-gamma"]', "ppo.py has no flag --no-gamma"),
     ('flags = ["compile"]', "ppo.py has no flag compile"),
@@ -313,7 +338,7 @@ def test_read_metrics():
 
 def settings(**changes) -> dict:
     """config.json of a run of the suite at hand."""
-    return load_suite("suite.toml").settings | {"env_id": "A", "seed": 1, "runs_dir": "r"} | changes
+    return load_suite("suite.toml").settings["A"] | {"env_id": "A", "seed": 1, "runs_dir": "r"} | changes
 
 
 def test_which_run_counts():
