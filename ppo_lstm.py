@@ -110,7 +110,7 @@ class Args:
     max_game_frames: int = 400_000  # a game is cut off after this many frames [extra-28]
 
     # The algorithm
-    total_timesteps: int = 1_000_000  # steps of all environments together, floored to whole rollouts [extra-11]
+    total_timesteps: int = 500_000  # steps of all environments together, floored to whole rollouts [extra-11]
     learning_rate: float = 2.5e-4  # learning rate of Adam, at the start
     num_envs: int = 8  # environments stepped together [core-1]
     num_steps: int = 128  # steps of each environment in one rollout [core-1]
@@ -137,9 +137,9 @@ class Args:
     adam_eps_hat: bool = True  # add epsilon where TensorFlow 1 does; off: where PyTorch does [extra-1]
     orthogonal_init: bool = True  # orthogonal initialization, biases 0; off: PyTorch's default [core-2]
     clip_action: bool = True  # clip actions to their bounds before the environment gets them [continuous-5]
-    norm_obs: bool = True  # with continuous actions, normalize observations by running mean and std [continuous-6]
+    norm_obs: bool = True  # normalize observations that are vectors by running mean and std [continuous-6]
     clip_obs: bool = True  # clip normalized observations to [-10, 10] [continuous-7]
-    norm_reward: bool = True  # with continuous actions, scale rewards by the std of the return [continuous-8]
+    norm_reward: bool = True  # scale rewards by the std of the return, but not in games [continuous-8]
     clip_reward: bool = True  # to its sign in games [atari-6], to [-10, 10] if it is scaled [continuous-9]
 
     # The memory
@@ -157,7 +157,7 @@ class Args:
 
     @property
     def num_updates(self) -> int:
-        """[extra-11] Only whole rollouts count: 1,000,000 steps are 976 updates, 999,424 steps."""
+        """[extra-11] Only whole rollouts count: 500,000 steps are 488 updates, 499,712 steps."""
         return self.total_timesteps // self.batch_size
 
 
@@ -472,9 +472,13 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
 
 
 def effective_args(args: Args, envs: gym.vector.VectorEnv) -> Args:
-    """The settings without normalization where the official code has none: it normalizes in MuJoCo alone."""
+    """The settings without normalization for images, of which just rewards for continuous actions are scaled.
+
+    The official code normalizes in MuJoCo alone. For other vectors it matters as much: where a reward of 1 a step makes
+    values of 100, the clipped value loss would take hundreds of updates to get there.
+    """
     continuous, images = isinstance(envs.single_action_space, Box), is_image(envs.single_observation_space)
-    norm_obs, norm_reward = args.norm_obs and continuous and not images, args.norm_reward and continuous
+    norm_obs, norm_reward = args.norm_obs and not images, args.norm_reward and (continuous or not images)
     return replace(args, norm_obs=norm_obs, norm_reward=norm_reward)
 
 

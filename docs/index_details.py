@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("ppo.py", "ppo_atari.py", "ppo_continuous.py", "ppo_lstm.py")
-ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv"}
+ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv",
+             "ppo_lstm.py": "ablations_lstm.csv"}  # fmt: skip
 
 # tag: (what it is, flags that switch it, test)
 DETAILS = {

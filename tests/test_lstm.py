@@ -530,7 +530,7 @@ class Still(gym.Env):
 )
 def test_observations_in_rollout_and_training(spy, space, shape, dtype):
     """Images stay as they are, as bytes; all else becomes vectors, one-hot if it is Discrete."""
-    run = spy(register(Still, space=space), updates=2)
+    run = spy(register(Still, space=space), updates=2, norm_obs=False)
     for rollout in run.rollouts:
         assert rollout.obs.shape == (9, 4, *shape) and rollout.obs.dtype == dtype
     if isinstance(space, Discrete):
@@ -744,18 +744,20 @@ def statistics(path: Path) -> dict:
 
 
 NORMALIZED = {
-    "discrete actions": (DISCRETE, {}, False, False),
-    "CartPole": ("CartPole-v1", {}, False, False),
+    "discrete actions": (DISCRETE, {}, True, True),
+    "CartPole": ("CartPole-v1", {}, True, True),
+    "neither": (DISCRETE, {"norm_obs": False, "norm_reward": False}, False, False),
     "continuous actions": (CONTINUOUS, {}, True, True),
     "not of observations": (CONTINUOUS, {"norm_obs": False}, False, True),
     "not of rewards": (CONTINUOUS, {"norm_reward": False}, True, False),
     "images": (register(Still, space=Box(0, 255, (36, 36), np.uint8), actions=Box(-1, 1, (2,))), {}, False, True),
+    "images, discrete": (register(Still, space=Box(0, 255, (36, 36), np.uint8)), {}, False, False),
 }
 
 
 @pytest.mark.parametrize("case", NORMALIZED)
 def test_continuous_6_to_9_normalization_is_for_vectors_and_continuous_actions(spy, case):
-    """As in MuJoCo; else observations and rewards reach the learner as the environment gives them."""
+    """Of images only the rewards, and only for continuous actions; the rest reaches the learner as it is."""
     env_id, changed, of_obs, of_rewards = NORMALIZED[case]
     run = spy(env_id, **changed)
     assert json.loads((run.path / "config.json").read_text())["norm_obs"] == changed.get("norm_obs", True)
@@ -773,7 +775,7 @@ def test_continuous_6_to_9_normalization_is_for_vectors_and_continuous_actions(s
             np.testing.assert_allclose(saved["obs"]["var"], var, rtol=1e-8)
     scaled, rewards = np.concatenate(run.scaled), np.concatenate(run.raw_rewards)
     assert np.array_equal(scaled, rewards) != of_rewards
-    if of_rewards and env_id == CONTINUOUS:
+    if of_rewards and env_id in (DISCRETE, CONTINUOUS):
         dones = np.concatenate([rollout.dones for rollout in run.rollouts])
         returns, seen = np.zeros(4), []
         for step in range(24):
