@@ -827,11 +827,9 @@ def test_extra_14_bootstrap_truncated(spy, env_id, bootstrap, reset):
                 frame = [frame for frame in tapes[env] if frame.action is not None][step]
                 if not frame.truncated:
                     continue
-                last_obs = frame.obs
-                if env_id == CONTINUOUS:
-                    # By the statistics of all observations until then, the next episode's first one among them.
-                    mean, var = reference_stats(raw[: step + 2].reshape(-1, 3))
-                    last_obs = np.clip((last_obs - mean) / np.sqrt(var + 1e-8), -10, 10)
+                # By the statistics of all observations until then, the next episode's first one among them.
+                mean, var = reference_stats(raw[: step + 2].reshape(-1, 3))
+                last_obs = np.clip((frame.obs - mean) / np.sqrt(var + 1e-8), -10, 10)
                 with torch.no_grad():
                     last_obs = torch.from_numpy(last_obs).float()[None]
                     expected[step, env] = 0.9 * agent.step(last_obs, state[:, env : env + 1])[1].item()
