@@ -306,7 +306,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         "grid.color": "0.9", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": "0.4", "font.size": 11,
         "axes.titlesize": 12, "axes.titleweight": "bold", "xtick.color": "0.3", "ytick.color": "0.3",
     })  # fmt: skip
-    columns = min(len(suite.env_ids), 3)
+    columns = 2 if len(suite.env_ids) == 4 else min(len(suite.env_ids), 3)
     rows = -(-len(suite.env_ids) // columns)
     size = (max(4.2 * columns, 6), 3.3 * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)

@@ -2,7 +2,7 @@
 
     python ppo.py --env-id benchmark.tasks:MaskedCartPole-v1
     python ppo_continuous.py --env-id benchmark.tasks:MaskedPendulum-v1
-    python ppo.py --env-id benchmark.tasks:MaskedLunarLander-v3
+    python ppo.py --env-id benchmark.tasks:MaskedAcrobot-v1
     python ppo.py --env-id benchmark.tasks:MemoryS7-v0
 
 Masked tasks hide the velocities by the very wrapper of ppo_lstm.py. LunarLander is EnvPool's, and so are MiniGrid's
@@ -48,7 +48,10 @@ def masked(env_id: str) -> gym.Env:
     return MaskVelocity(env, VELOCITIES[env_id[:-3]])
 
 
-for env_id in ("CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"):
+for env_id in (
+    "CartPole-v1", "Acrobot-v1", "LunarLander-v3", "Pendulum-v1", "InvertedDoublePendulum-v4", "HalfCheetah-v4",
+    "Hopper-v4", "Walker2d-v4",
+):  # fmt: skip
     gym.register(f"Masked{env_id}", masked, kwargs={"env_id": env_id}, disable_env_checker=True)
 for size in (7, 9, 11, 13):
     gym.register(f"MemoryS{size}-v0", Single, kwargs={"env_id": f"MiniGrid-MemoryS{size}-v0"}, disable_env_checker=True)
