@@ -22,7 +22,7 @@ actions where a task is of that kind. A tag such as [lstm-3] or [core-7] stands 
 auxiliary details, [extra-N] behaviours of the official code that the article does not mention. docs/details.md lists
 them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
 
-    python ppo_lstm.py                          CartPole-v1 with its velocities hidden
+    python ppo_lstm.py --bootstrap-truncated    CartPole-v1 with its velocities and its time limit hidden
     python ppo_lstm.py --env-id Pong            a game, one frame at a time
     python ppo_lstm.py --env-id Pendulum-v1     continuous actions
 
