@@ -126,7 +126,6 @@ DEFAULTS = {
         "clip_coef": "the article's for Atari",
         "cuda": "images are worth it",
         "num_envs": "the article's for Atari",
-        "total_timesteps": "memory takes longer to learn",
     },
 }
 
