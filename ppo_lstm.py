@@ -80,7 +80,7 @@ class Args:
     seed: int = 1  # seeds the network, the action noise and the shuffles; environment i gets seed + i [extra-35]
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
     cuda: bool = True  # use the GPU if there is one; without images the CPU may be faster
-    compile: bool = False  # compile the gradient step: some seconds of start-up, then a faster update
+    compile: bool = False  # compile the gradient step but for the LSTM: hardly faster on a CPU
     amp: bool = False  # compute convolutions in bfloat16: faster on processors that have it
     track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "ppo37"  # project at Weights & Biases
