@@ -1,6 +1,6 @@
 """Measures training speed on this machine, all commands side by side.
 
-    python -m benchmark throughput --peer 'CleanRL=python cleanrl/ppo.py --total-timesteps {steps}'
+    python -m benchmark throughput --peer 'CleanRL=python /path/to/cleanrl/ppo.py --total-timesteps {steps}'
     python -m benchmark throughput --script ppo_atari --modes eager compile amp
     python -m benchmark throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
 
@@ -39,7 +39,8 @@ class Args:
     """Steps per second and peak memory of training commands, start-up left out."""
 
     peer: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """a command to compare with, as NAME=COMMAND with {steps} where the number of steps goes; may be repeated"""
+    """a command to compare with, as NAME=COMMAND with {steps} where the number of steps goes; may be repeated. It is
+    run in an empty directory, so that its paths must be absolute"""
     script: str = "ppo"
     """our script"""
     modes: list[Literal["eager", "compile", "amp"]] = field(default_factory=lambda: ["eager", "compile"])
