@@ -4,6 +4,7 @@
     python -m benchmark plot mujoco --statistic iqm       # interquartile mean instead of mean
     python -m benchmark plot atari --x hours              # over wall-clock time
     python -m benchmark plot classic --metric losses/entropy
+    python -m benchmark plot classic --add                # more seeds, to those that the CSV has
 
 A curve is the mean return of the last 100 episodes at the end of an update, as the official logger has it (eprewmean);
 other metrics that belong to updates are shown as they are. Curves are thinned out and written as CSV, and everything is
@@ -51,6 +52,8 @@ class Args:
     """over what the curves are drawn: environment steps, or hours of training"""
     metric: str = RETURN
     """what is drawn"""
+    add: bool = False
+    """keep the curves that the CSV has of other runs; without it, they are replaced by those of runs_dir"""
     runs_dir: Path | None = None
     """where the run directories are; default: runs/SUITE"""
     results: Path = ROOT / "benchmark" / "results"
@@ -140,9 +143,19 @@ def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str
     return dict(curves), parts
 
 
-def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float]) -> None:
-    """Writes curves as CSV, and beside it as JSON where they come from."""
+def add_curves(kept: Curves, new: Curves) -> Curves:
+    """Both, environments and seeds in order; a new curve replaces one of the same seed."""
+    both = {env_id: kept.get(env_id, {}) | new.get(env_id, {}) for env_id in [*kept, *(new.keys() - kept.keys())]}
+    return {env_id: dict(sorted(seeds.items())) for env_id, seeds in both.items()}
+
+
+def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float], add: bool) -> None:
+    """Writes curves as CSV, and beside it as JSON where they come from; with add, what both had before is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = {}
+    if add and path.exists():
+        curves, sidecar = add_curves(read_curves(path), curves), path.with_suffix(".json")
+        earlier = {"added_to": json.loads(sidecar.read_text())} if sidecar.exists() else {}
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"])
@@ -157,6 +170,7 @@ def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float
         "runs": sorted(parts),
         "unfinished": {env: seeds for env, seeds in unfinished.items() if seeds},
     }
+    facts |= earlier
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -369,7 +383,7 @@ def main(args: Args) -> int:
     ours, parts = collect(suite, runs_dir, args.metric)
     if ours:
         with writing(args.results):
-            write_curves(data, ours, args.metric, parts)
+            write_curves(data, ours, args.metric, parts, args.add)
     elif data.exists():
         note(f"no runs in {runs_dir}: drawing from {data}")
     else:

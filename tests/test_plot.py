@@ -128,6 +128,29 @@ def test_table_figure_and_data(draw, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == contents
 
 
+def test_more_runs_are_added_to_the_curves(draw, tmp_path):
+    """--add keeps what the CSV has, replaces seeds that were run again, and says where both come from."""
+    suite = make_suite(tmp_path, env_ids=["A-v0", "B-v0"])
+    for seed, final in ((1, 4), (3, 8)):
+        make_run(tmp_path / "first", "A-v0", seed, [final] * 20)
+    for env_id, seed, final in (("A-v0", 2, 6), ("A-v0", 3, 11), ("B-v0", 1, 5)):
+        make_run(tmp_path / "second", env_id, seed, [final] * 20)
+    draw(suite, runs_dir=tmp_path / "first")
+    first = json.loads((tmp_path / "results/made.json").read_text())
+    rows, _ = draw(suite, runs_dir=tmp_path / "second", add=True)
+    assert rows["A-v0"][0] == "7.0 +- 3.6 (3 seeds)"  # 4, 6, 11
+    assert rows["B-v0"][0] == "5.0 (1 seed)"
+    curves = plot.read_curves(tmp_path / "results/made.csv")
+    facts = json.loads((tmp_path / "results/made.json").read_text())
+    assert list(curves) == ["A-v0", "B-v0"] and list(curves["A-v0"]) == [1, 2, 3]
+    assert facts["added_to"] == first and len(facts["runs"]) == 3 and facts["unfinished"] == {}
+    again, _ = draw(suite, runs_dir=tmp_path / "second", add=True)
+    assert again == rows
+    alone, _ = draw(suite, runs_dir=tmp_path / "second")
+    assert alone["A-v0"][0] == "8.5 +- 3.5 (2 seeds)"
+    assert "added_to" not in json.loads((tmp_path / "results/made.json").read_text())
+
+
 def test_other_suites_are_drawn_beside(draw, tmp_path):
     """Their curves come from their CSV, for the environments that both have; one that was not plotted is named."""
     make_suite(tmp_path, env_ids=["m:A-v0", "B-v0"], name="other")
