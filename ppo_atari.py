@@ -749,7 +749,8 @@ def train(args: Args) -> dict:
         if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():
             run.close()
             raise FloatingPointError(f"update {run.update + 1} is not finite; {run.path} keeps the last checkpoint")
-        losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
+        left, total = (average((x - average(x.mean())).square().mean()) for x in (returns - values[:-1], returns))
+        losses["losses/explained_variance"] = (1 - left / total).item()
         episodes, stopped = rollout.episodes, run.stopped_by is not None
         if WORLD_SIZE > 1:  # rank 0 logs the games of all; all stop after the same update
             ranks = [None] * WORLD_SIZE

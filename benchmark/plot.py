@@ -364,8 +364,9 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlim(left=0)
         axis.locator_params(axis="both", nbins=6)
-    statistic = STATISTIC_NAMES[args.statistic]
-    figure.suptitle(f"{suite.title}: {statistic} and 95% bootstrap interval over seeds", fontsize=12, color="0.25")
+    over = f": {STATISTIC_NAMES[args.statistic]} and 95% bootstrap interval over seeds"
+    several = any(len(seeds) > 1 for _, curves, *_ in groups for seeds in curves.values())
+    figure.suptitle(suite.title + over * several, fontsize=12, color="0.25")
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

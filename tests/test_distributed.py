@@ -37,8 +37,8 @@ from ppo_atari import RANK, WORLD_SIZE
 RANKS = 2
 BACKENDS = ["gymnasium", "envpool"] if importlib.util.find_spec("envpool") else ["gymnasium"]  # EnvPool: Linux only
 SCRIPT = Path(ppo_atari.__file__).resolve()
-# Means over all samples. The explained variance, a ratio of variances, has no such mean: rank 0 logs its own.
 LOSSES = ["policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "official_approx_kl", "clipfrac"]
+LOSSES += ["explained_variance"]
 
 
 # What one process and each of several ranks do alike

@@ -28,7 +28,7 @@ DIFFERENCES = {
         "collect_rollout": (35, "images are stacked; one call gives logits and values; lives are no games"),
         "normalize": (7, "mean and deviation over all ranks"),
         "gradient_step": (5, "one call gives logits and values; the mean over all ranks"),
-        "train": (75, "as above; ranks; CUDA graphs"),
+        "train": (78, "as above; ranks; CUDA graphs"),
         "check_args": (14, "the games' settings; ranks; --env-backend"),
         "Run.__init__": (14, "rank 0 alone has files"),
         "Run.write": (2, "rank 0 alone has files"),
