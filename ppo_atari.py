@@ -28,6 +28,7 @@ train() is the algorithm; what it calls stands above it, and what has nothing to
 """
 
 import contextlib
+import ctypes
 import difflib
 import io
 import json
@@ -642,6 +643,18 @@ class CudaGraph:
         return tuple(output.clone() for output in self.outputs)
 
 
+def keep_freed_memory() -> None:
+    """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
+
+    A gradient step on images frees and needs again some 100 MB. The system would hand that out page by page, in 10,000
+    page faults, which take a tenth of the step's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap too
+
+
 def train(args: Args) -> dict:
     """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
 
@@ -658,6 +671,7 @@ def train(args: Args) -> dict:
     local_envs = args.num_envs // WORLD_SIZE
     local = replace(args, num_envs=local_envs, seed=args.seed + RANK * local_envs)
     envs = make_envs(local)
+    keep_freed_memory()
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
     if WORLD_SIZE > 1:
