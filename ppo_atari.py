@@ -757,7 +757,7 @@ def train(args: Args) -> dict:
 
         # [core-12] Means over all minibatches of the update, each taken before its own gradient step. [extra-8]
         names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
-        losses = dict(zip(names, torch.stack(terms).mean(0).tolist()))
+        losses = dict(zip(names, torch.stack(terms).mean(0).tolist(), strict=True))
         losses |= policy_change(torch.stack(log_ratios), clip_coef)
         losses = dict(zip(losses, average(torch.tensor(list(losses.values()), device=device)).tolist()))
         if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():

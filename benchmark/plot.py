@@ -53,7 +53,7 @@ class Args:
     metric: str = RETURN
     """what is drawn"""
     add: bool = False
-    """keep the curves that the CSV has of other runs; without it, they are replaced by those of runs_dir"""
+    """keep the CSV's curves of environments and seeds that have no run in runs_dir; without it, they are dropped"""
     runs_dir: Path | None = None
     """where the run directories are; default: runs/SUITE"""
     results: Path = ROOT / "benchmark" / "results"
@@ -144,8 +144,11 @@ def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str
 
 
 def add_curves(kept: Curves, new: Curves) -> Curves:
-    """Both, environments and seeds in order; a new curve replaces one of the same seed."""
-    both = {env_id: kept.get(env_id, {}) | new.get(env_id, {}) for env_id in [*kept, *(new.keys() - kept.keys())]}
+    """Both, seeds in order. A new curve replaces one of the same seed, but no finished one if it is unfinished."""
+    both = {env_id: dict(seeds) for env_id, seeds in kept.items()}
+    for env_id, seeds in new.items():
+        known = both.setdefault(env_id, {})
+        known |= {s: c for s, c in seeds.items() if c.finished or s not in known or not known[s].finished}
     return {env_id: dict(sorted(seeds.items())) for env_id, seeds in both.items()}
 
 
@@ -155,7 +158,10 @@ def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float
     earlier = {}
     if add and path.exists():
         curves, sidecar = add_curves(read_curves(path), curves), path.with_suffix(".json")
-        earlier = {"added_to": json.loads(sidecar.read_text())} if sidecar.exists() else {}
+        before = json.loads(sidecar.read_text()) if sidecar.exists() else {}
+        if set(before.get("runs", ())) <= parts.keys():  # the same runs again
+            before = before.get("added_to")
+        earlier = {"added_to": before} if before else {}
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"])
@@ -237,9 +243,12 @@ def counted(number: int, what: str = "seed") -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def final_cells(curves: dict[int, Curve], statistic: str, form: str = ".1f") -> tuple[str, str, str]:
+def final_cells(
+    curves: dict[int, Curve], statistic: str, form: str = ".1f", steps: float | None = None
+) -> tuple[str, str, str]:
     """Final value with its deviation and seeds, its 95% interval, and the runtime, as the table shows them.
 
+    The value is of these steps; where the curves end elsewhere, the first cell says where.
     Runs that are not finished count only where no run is.
     """
     finished = [curve for curve in curves.values() if curve.finished]
@@ -253,6 +262,9 @@ def final_cells(curves: dict[int, Curve], statistic: str, form: str = ".1f") -> 
         seeds += f", unfinished: {min(curve.part for curve in chosen):.0%} done"
     elif others := len(curves) - len(finished):
         seeds += f", {others} more unfinished"
+    reached = max(curve.steps[-1] for curve in chosen)
+    if steps and abs(reached / steps - 1) > 0.02:
+        seeds += f", {reached / 1e6:.2g}M steps"
     deviation = f" +- {finals.std(ddof=1):{form}}" if len(finals) > 1 else ""
     hours = np.mean([curve.hours[-1] for curve in chosen])
     runtime = "-" if np.isnan(hours) else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
@@ -292,8 +304,9 @@ def table(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict
     for env_id in suite.env_ids:
         final, bounds, runtime = final_cells(ours.get(env_id, {}), args.statistic, form)
         cells = [short(env_id), final, bounds]
+        steps = max((curve.steps[-1] for curve in ours.get(env_id, {}).values()), default=None)
         for curves in others.values():
-            cells += final_cells(curves.get(env_id, {}), args.statistic, form)[:2]
+            cells += final_cells(curves.get(env_id, {}), args.statistic, form, steps)[:2]
         cells += ["{} +- {}".format(*published[env_id]) if env_id in published else "-"] * bool(published)
         lines.append([*cells, runtime])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")

@@ -62,7 +62,8 @@ class Args:
     runs_dir: Path | None = None
     """where the run directories are; default: runs/SUITE"""
     extra: str = ""
-    """flags for the script beside the suite's, in one string: --extra='--total-timesteps 100000'"""
+    """flags for the script beside the suite's, in one string: --extra='--total-timesteps 100000'. Give --runs-dir too:
+    plot, report and upload refuse to mix runs of other settings with the suite's"""
 
 
 def cores() -> int:
@@ -273,7 +274,9 @@ class Display:
         left = [task for task in self.tasks if task.status in ("running", "waiting", "elsewhere")]
         states = [task.state for task in left if task.state and task.status != "waiting" and task.state.total_steps]
         if states and (speed := sum(state.sps for state in states if state.sps > 0)):
-            steps = len(left) * states[0].total_steps - sum(state.global_step for state in states)
+            steps = sum(state.total_steps - state.global_step for state in states)
+            # Those that have not started yet are taken to be as long as the others.
+            steps += (len(left) - len(states)) * sum(state.total_steps for state in states) / len(states)
             caption += f"; about {clock(steps / speed)} left"
         table = Table("environment", "seed", "status", "steps", "steps/s", "return", "left", title=self.title)
         table.caption, table.caption_justify = caption, "left"

@@ -44,7 +44,7 @@ class Args:
     script: str = "ppo"
     """our script"""
     modes: list[Literal["eager", "compile", "amp"]] = field(default_factory=lambda: ["eager", "compile"])
-    """how our script is run: plain, with --compile, with --compile --amp (ppo_atari has it)"""
+    """how our script is run: plain, with --compile, with --compile --amp (where a script has it)"""
     num_envs: list[int] = field(default_factory=list)
     """instead of these: our script with these numbers of environments, beside the environments alone"""
     batch_size: int | None = None
@@ -68,7 +68,8 @@ class Failed(Exception):
 def measure(command: str, steps: int, directory: str) -> tuple[float, float]:
     """Wall-clock seconds and peak memory in MiB of `command` for `steps` steps; raises Failed."""
     words = shlex.split(command.replace("{steps}", str(steps)))
-    environment, nothing = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.DEVNULL
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    environment, nothing = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, subprocess.DEVNULL
     with tempfile.TemporaryFile() as stderr:
         start = time.perf_counter()
         try:

@@ -5,7 +5,8 @@
 
 Repeating it changes nothing. A run's id is the name of its directory, as with --track, and the line of metrics.jsonl is
 its step: so the service knows how far it has got, also after a connection that broke, and the rest is sent. What has
-arrived is noted in uploaded.json in the run's directory, of which nothing else is changed.
+arrived is noted in uploaded.json in the run's directory, where wandb keeps its own files too. The script is sent as it
+is today.
 """
 
 import json

@@ -144,8 +144,11 @@ INTRO = """# Index of the details
 <!-- written by docs/index_details.py; edit there -->
 
 Tags are those of the comments in the scripts: `core` and `aux` are details of "The 37 Implementation Details of PPO"
-(Huang et al., ICLR Blog Track 2022), `extra` are behaviours of the official code that the article leaves out or states
-differently. The flag is the one that switches the detail off or changes it.
+(Huang et al., ICLR Blog Track 2022), as are `atari`, `continuous` and `lstm` for the scripts of these names; `extra`
+are behaviours of the official code that the article leaves out or states differently. The flag is the one that switches
+the detail off or changes it; `-` stands where there is nothing to switch. `ppo_lstm.py` shows single frames [atari-7]
+and always shares its network [core-13], and so lacks the flags of these two, `--state-dependent-std` and
+`--squash-action`.
 """
 
 NOT_REPRODUCED = """
@@ -159,9 +162,9 @@ NOT_REPRODUCED = """
 
 MEASURED = """
 Effects: difference to the defaults in mean return, over the whole learning curve and for the last 100 episodes, with
-95% intervals (Welch's t) over 3 seeds each: `ppo.py` on CartPole-v1 (return at most 500) for 200,000 steps,
-`ppo_continuous.py` on HalfCheetah-v4 for 200,000. Differences smaller than their interval are no evidence of an effect.
-[How they were measured](results.md#ablations).
+95% intervals (Welch's t) over 3 seeds each, after 200,000 steps: `ppo.py` on CartPole-v1 (return at most 500),
+`ppo_continuous.py` on HalfCheetah-v4, `ppo_lstm.py` on CartPole-v1 with hidden velocities and `--bootstrap-truncated`.
+Differences smaller than their interval are no evidence of an effect. [How they were measured](results.md#ablations).
 """
 
 

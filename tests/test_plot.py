@@ -107,7 +107,7 @@ def test_table_figure_and_data(draw, tmp_path):
     expected = f"{bounds.low:.1f} to {bounds.high:.1f}"
     assert rows["A-v0"] == ["30.0 +- 26.5 (3 seeds)", expected, "-", "-", "7 +- 2", "12.0 min"]
     assert rows["CartPole-v1"][:2] == ["5.0 +- 0.0 (3 seeds)", "5.0 to 5.0"]
-    assert rows["CartPole-v1"][2] == "488.0 +- 5.6 (4 seeds)"
+    assert rows["CartPole-v1"][2] == "488.0 +- 5.6 (4 seeds, 0.5M steps)"
     assert rows["CartPole-v1"][4] == "-"
     table = (tmp_path / "results/made.md").read_text()
     assert table.startswith("| environment | ppo.py: mean +- std | 95% interval |") and "|---|---|" in table
@@ -146,6 +146,7 @@ def test_more_runs_are_added_to_the_curves(draw, tmp_path):
     assert facts["added_to"] == first and len(facts["runs"]) == 3 and facts["unfinished"] == {}
     again, _ = draw(suite, runs_dir=tmp_path / "second", add=True)
     assert again == rows
+    assert json.loads((tmp_path / "results/made.json").read_text())["added_to"] == first
     alone, _ = draw(suite, runs_dir=tmp_path / "second")
     assert alone["A-v0"][0] == "8.5 +- 3.5 (2 seeds)"
     assert "added_to" not in json.loads((tmp_path / "results/made.json").read_text())
@@ -176,6 +177,20 @@ def test_other_suites_are_drawn_beside(draw, tmp_path):
         assert "Made up, 3 seeds" in svg and "<!-- A-v0 -->" in svg
     _, err = draw(suite, metric="losses/entropy")
     assert "suite other is left out" in err
+
+
+def test_a_value_beside_ours_says_after_how_many_steps_it_was_reached():
+    """If these are not ours."""
+    curves = {1: curve([1, 2], steps=[1, 4_000_000]), 2: curve([1, 4], steps=[1, 4_000_000])}
+    assert plot.final_cells(curves, "mean", steps=3_960_000)[0] == "3.0 +- 1.4 (2 seeds)"
+    assert plot.final_cells(curves, "mean", steps=2_000_000)[0] == "3.0 +- 1.4 (2 seeds, 4M steps)"
+
+
+def test_an_unfinished_run_is_not_added_in_place_of_a_finished_one():
+    old, new = {"A": {1: curve([1]), 2: curve([2], part=0.5)}}, {"A": {1: curve([3], part=0.5), 2: curve([4])}, "B": {}}
+    both = plot.add_curves(old, new)
+    assert list(both) == ["A", "B"] and [both["A"][seed].values[-1] for seed in (1, 2)] == [1, 4]
+    assert plot.add_curves(new, old)["A"][2].values[-1] == 4
 
 
 def test_what_is_missing_or_unfinished_is_said(draw, tmp_path):
