@@ -1,7 +1,10 @@
 """What the documents say about the code is true."""
 
 import importlib.util
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -85,7 +88,7 @@ def test_requirements_are_pinned():
 
 
 def test_flags_have_help_and_readme_commands_exist():
-    known = {"peer", "seconds", "rounds", "output", "workers", "help", "script", "batch_size", "nproc_per_node"}
+    known = {"peer", "seconds", "rounds", "output", "workers", "help", "script", "batch_size", "nproc_per_node", "add"}
     for script, args in zip(index_details.SCRIPTS, ARGS, strict=True):
         source = (ROOT / script).read_text()
         for field in fields(args):
@@ -108,3 +111,18 @@ def test_the_readmes_environment_can_be_trained(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2048 steps, mean return -" in result.stdout
+
+
+def test_the_readmes_suite_can_be_run(tmp_path):
+    """With the README's environment, and a copy of a script beside the suite's file."""
+    readme = (ROOT / "README.md").read_text()
+    for language, name in (("toml", "reach.toml"), ("python", "reach.py")):
+        block = re.search(rf"(?s) *```{language}\n(.*?)```", readme).group(1)
+        (tmp_path / name).write_text(textwrap.dedent(block))
+    shutil.copy(ROOT / "ppo_continuous.py", tmp_path / "my_ppo.py")
+    command = [sys.executable, "-m", "benchmark", "run", "reach.toml", "--seeds", "2", "--extra=--total-timesteps 2048"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs/reach").glob("reach-Reach-v0__my_ppo__2__*")
+    assert json.loads((run / "config.json").read_text())["total_timesteps"] == 2048
