@@ -597,9 +597,9 @@ class Run:
 
     def start_tracking(self) -> None:
         """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
-        import wandb
-
         try:
+            import wandb
+
             name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
                                     name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
@@ -617,9 +617,9 @@ class Run:
         os.replace(self.path / f"{name}.tmp", self.path / name)
 
     def stop(self, number: int, frame) -> None:
-        """Handles a signal: training ends after this update. A second signal kills."""
+        """Handles a signal: training ends after this update. Ctrl-C after that kills."""
         self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def log(self, global_step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""

@@ -253,6 +253,8 @@ class WarpFrame(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, interpolation: int):
         super().__init__(env)
+        if len(env.observation_space.shape) != 3:
+            raise InputError(f"the game must show color images, not {env.observation_space}")
         self.interpolation, self.observation_space = interpolation, Box(0, 255, (84, 84), np.uint8)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
@@ -280,13 +282,15 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
         import envpool
 
         kwargs = {
-            "num_envs": args.num_envs, "seed": args.seed % 2**31, "noop_max": max(args.noop_max, 1),
-            "frame_skip": args.frame_skip, "episodic_life": args.episodic_life, "use_fire_reset": args.fire_reset,
-            "reward_clip": args.clip_reward, "use_inter_area_resize": args.area_resize,
-            "max_episode_steps": args.max_game_frames // args.frame_skip,
-        } | json.loads(args.env_kwargs) | {"stack_num": 1}  # fmt: skip
+            "seed": args.seed % 2**31, "noop_max": max(args.noop_max, 1), "frame_skip": args.frame_skip,
+            "episodic_life": args.episodic_life, "use_fire_reset": args.fire_reset, "reward_clip": args.clip_reward,
+            "use_inter_area_resize": args.area_resize, "max_episode_steps": args.max_game_frames // args.frame_skip,
+        } | json.loads(args.env_kwargs)  # fmt: skip
+        kwargs |= {"stack_num": 1, "num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make_pool = lambda **changed: envpool.make_gymnasium(f"{game}-v5", **kwargs | changed)
         self.pool, self.num_envs = self.make_pool(), args.num_envs
+        if self.pool.observation_space.shape != (1, 84, 84):
+            raise InputError(f"the game must show 84 x 84 gray pixels, not {self.pool.observation_space}")
         self.single_observation_space = Box(0, 255, (84, 84), np.uint8)
         self.single_action_space = self.pool.action_space
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
@@ -335,8 +339,8 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
     game = find_game(args.env_id)
 
     def make_env(index: int) -> gym.Env:
-        if args.async_envs and multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one shall act on it
+        if args.async_envs and multiprocessing.parent_process() and os.name == "posix":
+            os.setpgid(0, 0)  # signals to the whole group, such as Ctrl-C, are for the main process to act on
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
         # The official code's games are cut off at 400,000 frames, those registered in gymnasium at 108,000. [extra-28]
         kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": args.max_game_frames}
@@ -457,16 +461,16 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def collect_rollout(policy: Callable, envs: gym.vector.VectorEnv, next_obs: torch.Tensor, args: Args) -> Rollout:
     """Acts for num_steps steps, starting from the observations next_obs [N, ...] (ppo2/runner.py)."""
-    actions_shape, device = (args.num_steps, args.num_envs, int(envs.single_action_space.n)), next_obs.device
+    logits_shape, device = (args.num_steps, args.num_envs, int(envs.single_action_space.n)), next_obs.device
     obs = torch.empty((args.num_steps + 1, *next_obs.shape), dtype=torch.uint8, device=device)
     actions = torch.empty((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
-    logits, values = torch.empty(actions_shape, device=device), torch.empty(len(obs), args.num_envs, device=device)
+    logits, values = torch.empty(logits_shape, device=device), torch.empty(len(obs), args.num_envs, device=device)
     rewards = np.empty((args.num_steps, args.num_envs), np.float32)
     dones = np.empty((args.num_steps, args.num_envs), bool)
     truncated, episodes = [], []
     # The argmax of logits + Gumbel noise is a sample of their categorical distribution (the official code draws it so
     # too). One large draw for the whole rollout is much faster than one for each step.
-    gumbel = -torch.empty(actions_shape).exponential_().log().to(device)
+    gumbel = -torch.empty(logits_shape).exponential_().log().to(device)
 
     obs[0] = next_obs
     for step in range(args.num_steps):
@@ -643,18 +647,6 @@ class CudaGraph:
         return tuple(output.clone() for output in self.outputs)
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
-
-    A gradient step on images frees and needs again some 100 MB. The system would hand that out page by page, in 10,000
-    page faults, which take a tenth of the step's time.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap too
-
-
 def train(args: Args) -> dict:
     """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
 
@@ -776,6 +768,7 @@ def train(args: Args) -> dict:
     envs.close()
     run.close()
     if WORLD_SIZE > 1:
+        del improve, policy  # a recorded graph holds on to the connection of the processes, which then could not end
         dist.destroy_process_group()
     mean_return = float(np.mean(run.returns or [math.nan]))
     return {"run_dir": str(run.path), "global_step": run.update * args.batch_size, "episodic_return": mean_return}
@@ -793,6 +786,18 @@ class InputError(Exception):
 def one_line(error: Exception) -> str:
     """An error's message without line breaks, and without the advice that some libraries append."""
     return textwrap.shorten(str(error) or type(error).__name__, 300)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
+
+    A gradient step on images frees and needs again some 100 MB. The system would hand that out page by page, in 10,000
+    page faults, which take a tenth of the step's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap too
 
 
 def check_args(args: Args) -> None:
@@ -816,6 +821,9 @@ def check_args(args: Args) -> None:
     if args.num_envs % WORLD_SIZE or args.batch_size // WORLD_SIZE % args.num_minibatches:
         raise InputError(f"{args.num_envs} envs x {args.num_steps} steps in {args.num_minibatches} minibatches cannot "
                          f"be shared equally by {WORLD_SIZE} processes")  # fmt: skip
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.cuda and 0 < torch.cuda.device_count() < local_ranks:
+        raise InputError(f"{local_ranks} processes need as many GPUs, not {torch.cuda.device_count()}; or --no-cuda")
     if args.evaluate and WORLD_SIZE > 1:
         raise InputError("--evaluate plays in one process: start it without torchrun")
     if args.env_backend not in ("gymnasium", "envpool"):
@@ -900,9 +908,9 @@ class Run:
 
     def start_tracking(self) -> None:
         """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
-        import wandb
-
         try:
+            import wandb
+
             name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
                                     name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
@@ -922,9 +930,9 @@ class Run:
         os.replace(self.path / f"{name}.tmp", self.path / name)
 
     def stop(self, number: int, frame) -> None:
-        """Handles a signal: training ends after this update. A second signal kills."""
+        """Handles a signal: training ends after this update. Ctrl-C after that kills."""
         self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def log(self, global_step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""

@@ -160,7 +160,8 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
         if args.env_id not in envpool.list_all_envs():
             similar = " or ".join(difflib.get_close_matches(args.env_id, envpool.list_all_envs()))
             raise InputError(f"EnvPool has no {args.env_id}" + f"; did you mean {similar}?" * bool(similar))
-        kwargs = json.loads(args.env_kwargs) | {"num_envs": args.num_envs, "seed": args.seed}
+        kwargs = json.loads(args.env_kwargs) | {"seed": args.seed}
+        kwargs |= {"num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make_pool = lambda **changed: envpool.make_gymnasium(args.env_id, **kwargs | changed)
         self.pool, self.num_envs = self.make_pool(), args.num_envs
         self.single_observation_space = flatten_space(self.pool.observation_space)
@@ -395,8 +396,8 @@ def log_probabilities(policy: tuple[torch.Tensor, torch.Tensor], actions: torch.
     """Log-densities [...] of actions [..., A] under a Gaussian policy (means, log standard deviations)."""
     mean, log_std = policy
     # [continuous-1] [continuous-3] Independent components: the density of an action is the product of theirs.
-    noise = (actions - mean) * (-log_std).exp()
-    return -(0.5 * noise.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
+    standardized = (actions - mean) * (-log_std).exp()
+    return -(0.5 * standardized.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
 
 
 def environment_actions(actions: np.ndarray, action_space: Box, args: Args) -> np.ndarray:
@@ -777,9 +778,9 @@ class Run:
 
     def start_tracking(self) -> None:
         """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
-        import wandb
-
         try:
+            import wandb
+
             name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
                                     name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
@@ -797,9 +798,9 @@ class Run:
         os.replace(self.path / f"{name}.tmp", self.path / name)
 
     def stop(self, number: int, frame) -> None:
-        """Handles a signal: training ends after this update. A second signal kills."""
+        """Handles a signal: training ends after this update. Ctrl-C after that kills."""
         self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def log(self, global_step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""

@@ -22,7 +22,7 @@ actions where a task is of that kind. A tag such as [lstm-3] or [core-7] stands 
 auxiliary details, [extra-N] behaviours of the official code that the article does not mention. docs/details.md lists
 them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
 
-    python ppo_lstm.py --bootstrap-truncated    CartPole-v1 with its velocities and its time limit hidden
+    python ppo_lstm.py --bootstrap-truncated    CartPole-v1 with its velocities hidden; its time limit is no end
     python ppo_lstm.py --env-id Pong            a game, one frame at a time
     python ppo_lstm.py --env-id Pendulum-v1     continuous actions
 
@@ -65,7 +65,8 @@ SCRIPT = Path(__file__).stem
 # Which entries of an observation are velocities, for --mask-velocity.
 VELOCITIES = {
     "CartPole": [1, 3], "Acrobot": [4, 5], "MountainCar": [1], "MountainCarContinuous": [1], "Pendulum": [2],
-    "LunarLander": [2, 3, 5], "InvertedPendulum": [2, 3], "InvertedDoublePendulum": [5, 6, 7],
+    "LunarLander": [2, 3, 5], "LunarLanderContinuous": [2, 3, 5], "InvertedPendulum": [2, 3],
+    "InvertedDoublePendulum": [5, 6, 7],
     "Hopper": range(-6, 0), "HalfCheetah": range(-9, 0), "Walker2d": range(-9, 0), "Swimmer": range(-5, 0),
 }  # fmt: skip
 
@@ -82,7 +83,7 @@ class Args:
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
     cuda: bool = True  # use the GPU if there is one; without images the CPU may be faster
     compile: bool = False  # compile the gradient step but for the LSTM: hardly faster on a CPU
-    amp: bool = False  # compute convolutions in bfloat16: faster on processors that have it
+    amp: bool = False  # encode images in bfloat16: faster on processors that have it
     track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "ppo37"  # project at Weights & Biases
     wandb_entity: str | None = None  # user or team at Weights & Biases
@@ -267,6 +268,8 @@ class WarpFrame(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, interpolation: int):
         super().__init__(env)
+        if len(env.observation_space.shape) != 3:
+            raise InputError(f"the game must show color images, not {env.observation_space}")
         self.interpolation, self.observation_space = interpolation, Box(0, 255, (84, 84), np.uint8)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
@@ -308,7 +311,7 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
         import envpool
 
         self.game, self.velocities, self.num_envs = game, list(velocities(args)), args.num_envs
-        kwargs, env_id = {"num_envs": args.num_envs, "seed": args.seed % 2**31}, f"{game}-v5" if game else args.env_id
+        kwargs, env_id = {"seed": args.seed % 2**31}, f"{game}-v5" if game else args.env_id
         if env_id not in envpool.list_all_envs():
             similar = " or ".join(difflib.get_close_matches(env_id, envpool.list_all_envs()))
             raise InputError(f"EnvPool has no {env_id}" + f"; did you mean {similar}?" * bool(similar))
@@ -319,10 +322,13 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
                 "use_inter_area_resize": args.area_resize, "max_episode_steps": args.max_game_frames // args.frame_skip,
             }  # fmt: skip
         kwargs |= json.loads(args.env_kwargs) | ({"stack_num": 1} if game else {})
+        kwargs |= {"num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make_pool = lambda **changed: envpool.make_gymnasium(env_id, **kwargs | changed)
         self.pool = self.make_pool()
         space, self.single_action_space = self.pool.observation_space, self.pool.action_space
         space = space["image"] if isinstance(space, Dict) and "image" in space.keys() else space  # MiniGrid
+        if game and space.shape != (1, 84, 84):
+            raise InputError(f"the game must show 84 x 84 gray pixels, not {space}")
         space = Box(0, 255, (84, 84), np.uint8) if game else space
         if isinstance(space, Discrete):
             raise InputError(f"Discrete observations need --env-backend gymnasium, not envpool: {env_id} has {space}")
@@ -365,7 +371,10 @@ class EnvpoolVectorEnv(gym.vector.VectorEnv):
 
 
 def is_image(space: gym.Space) -> bool:
-    """Whether observations [height, width] or [height, width, channels] are for a convolutional network."""
+    """Whether observations [height, width] or [height, width, channels] are for a convolutional network.
+
+    That needs at least 36 pixels in each direction, of which its last layer leaves one.
+    """
     return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) > 1 and min(space.shape[:2]) >= 36
 
 
@@ -450,14 +459,15 @@ def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) 
         return gym.wrappers.RecordEpisodeStatistics(env)
 
     def make_env(index: int) -> gym.Env:
-        if args.async_envs and multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one shall act on it
+        if args.async_envs and multiprocessing.parent_process() and os.name == "posix":
+            os.setpgid(0, 0)  # signals to the whole group, such as Ctrl-C, are for the main process to act on
         record = video_folder is not None and index == 0
         return make_game(record) if game else make_task(record)
 
     warnings.filterwarnings("ignore", ".*is out of date")  # the official curves are of -v4 environments
     try:
-        if args.env_backend == "envpool" or (args.env_backend == "auto" and game and not args.capture_video):
+        python_envs = args.capture_video or args.async_envs
+        if args.env_backend == "envpool" or (args.env_backend == "auto" and game and not python_envs):
             try:
                 return EnvpoolVectorEnv(args, game)
             except ImportError:
@@ -640,8 +650,8 @@ class GaussianActor(nn.Module):
     def log_probabilities(self, means: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Log-densities [...] of actions [..., A]."""
         # [continuous-1] [continuous-3] Independent components: the density of an action is the product of theirs.
-        noise = (actions - means) * (-self.log_std).exp()
-        return -(0.5 * noise.square() + self.log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
+        standardized = (actions - means) * (-self.log_std).exp()
+        return -(0.5 * standardized.square() + self.log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
 
     def entropy(self, means: torch.Tensor) -> torch.Tensor:
         """Entropy [], the same in all states."""
@@ -710,13 +720,16 @@ def unroll(lstm: nn.LSTM, x: torch.Tensor, state: torch.Tensor, dones: torch.Ten
     """Outputs [T, N, size] of the LSTM on sequences x [T, N, features], with the state set to 0 after each done [T, N].
 
     state [2, N, size] is the one before the first step. What comes after a done does not depend on what was before it:
-    the sequences can be cut there, and all pieces run side by side. One call is many times faster than T of them.
+    the sequences can be cut there, and all pieces run side by side. One call is many times faster than T of them,
+    unless a long piece among many short ones makes all of them long.
     """
     num_steps, num_envs = dones.shape
     last = dones.cpu().numpy().copy()
     last[-1] = True
     envs, ends = np.nonzero(last.T)  # of the pieces, environment by environment
-    starts = (np.roll(ends, 1) + 1) % num_steps  # each begins after the one before it, an environment's first with 0
+    # Each begins after the one before it. An environment's last piece ends at num_steps - 1, so that the next one's
+    # first begins at 0.
+    starts = (np.roll(ends, 1) + 1) % num_steps
     lengths = ends - starts + 1
     # [lstm-3] Only the pieces that begin with the rollout have a past.
     state = state[:, envs] * torch.from_numpy(starts == 0).to(x.device).unsqueeze(-1)
@@ -911,18 +924,6 @@ def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, eps
     return terms, log_ratio
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
-
-    A gradient step on images frees and needs again some 100 MB. The system would hand that out page by page, in 10,000
-    page faults, which take a tenth of the step's time.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap too
-
-
 def train(args: Args) -> dict:
     """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
 
@@ -941,6 +942,8 @@ def train(args: Args) -> dict:
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     adam = Adam(agent)
     run = Run(given, agent, adam)
+    if velocities(args):
+        print(f"the velocities of {args.env_id} are hidden; --no-mask-velocity shows them", file=sys.stderr)
     if args.amp and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
         print("this processor has no instructions for bfloat16: --amp will be slower than without", file=sys.stderr)
     if args.capture_video:
@@ -967,8 +970,8 @@ def train(args: Args) -> dict:
 
         # [core-1] Rollouts have a fixed length; the next one goes on where this one stops, in the middle of episodes.
         rollout = collect_rollout(agent, envs, next_obs, state, args)
-        # [lstm-5] Training runs the LSTM again from the state in which the rollout began. Only so does it say in the
-        # first minibatch what it said in the rollout: the probability ratio is 1.
+        # [lstm-5] Training runs the LSTM again from the state in which the rollout began. Only then does the first
+        # minibatch reproduce the rollout's probabilities: the ratio is 1.
         first_state = state if args.reconstruct_lstm_state else torch.zeros_like(state)
         next_obs, state = rollout.obs[-1], rollout.state
         rewards = normalize_rewards(rollout.rewards, rollout.dones, discounted_returns, agent.return_stats, args)
@@ -1045,6 +1048,18 @@ class InputError(Exception):
 def one_line(error: Exception) -> str:
     """An error's message without line breaks, and without the advice that some libraries append."""
     return textwrap.shorten(str(error) or type(error).__name__, 300)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
+
+    A gradient step on images frees and needs again some 100 MB. The system would hand that out page by page, in 10,000
+    page faults, which take a tenth of the step's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap too
 
 
 def check_args(args: Args) -> None:
@@ -1143,9 +1158,9 @@ class Run:
 
     def start_tracking(self) -> None:
         """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
-        import wandb
-
         try:
+            import wandb
+
             name = self.path.resolve().name
             self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
                                     name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
@@ -1163,9 +1178,9 @@ class Run:
         os.replace(self.path / f"{name}.tmp", self.path / name)
 
     def stop(self, number: int, frame) -> None:
-        """Handles a signal: training ends after this update. A second signal kills."""
+        """Handles a signal: training ends after this update. Ctrl-C after that kills."""
         self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def log(self, global_step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""

@@ -281,6 +281,8 @@ SIGNALS = {
     "SIGTERM": (signal.SIGTERM, False, {}),
     # A terminal sends Ctrl-C to all processes of the script: those of the environments must not die of it.
     "Ctrl-C": (signal.SIGINT, True, {"env_backend": "gymnasium", "async_envs": True}),
+    # So do timeout and schedulers of clusters with SIGTERM.
+    "SIGTERM to all": (signal.SIGTERM, True, {"env_backend": "gymnasium", "async_envs": True}),
 }
 
 
@@ -488,6 +490,21 @@ for backend_flag in (POOL, GYM):
         f"empty arguments of {name}": (f"{backend_flag} --env-kwargs=", "--env-kwargs"),
         f"unknown argument of {name}": (f'{backend_flag} --env-kwargs {{"wind":3}}', "wind"),
     }
+for key, value in (("img_height", 96), ("gray_scale", "false")):
+    words = f'{POOL} --env-kwargs {{"{key}":{value}}}'
+    BAD_FLAGS[f"{key} in the arguments of envpool"] = (words, "the game must show 84 x 84 gray pixels, not Box(0, 255")
+for kind, shape in (("ram", "(128,)"), ("grayscale", "(210, 160)")):
+    words = f'{GYM} --env-kwargs {{"obs_type":"{kind}"}}'
+    BAD_FLAGS[f"{kind} instead of colors"] = (words, f"the game must show color images, not Box(0, 255, {shape}")
+
+
+def test_envpool_steps_all_environments_whatever_its_arguments_are():
+    """Their number is --num-envs, and one step is one of all of them."""
+    pytest.importorskip("envpool")  # exists for Linux only
+    args = small(1, env_backend="envpool", env_kwargs='{"num_envs": 3, "batch_size": 2, "stack_num": 4}')
+    envs = ppo_atari.make_envs(args)
+    assert envs.reset(seed=1)[0].shape == (args.num_envs, 84, 84)
+    assert envs.step(np.zeros(args.num_envs, int))[0].shape == (args.num_envs, 84, 84)
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)

@@ -16,7 +16,9 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 from tqdm import tqdm
 
 import ppo
+import ppo_atari
 import ppo_continuous
+import ppo_lstm
 
 SCRIPTS = [ppo, ppo_continuous]
 SMALL = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
@@ -245,6 +247,17 @@ def test_track_without_a_key(capfd, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     assert "--track: No API key configured" in refusal(["--total-timesteps", "512", "--track"], capfd)
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id"),
+    [(ppo, "CartPole-v1"), (ppo_atari, "Pong"), (ppo_continuous, "Pendulum-v1"), (ppo_lstm, "CartPole-v1")],
+)
+def test_track_without_wandb(script, env_id, capfd, monkeypatch):
+    """A copied script may run where wandb is not installed."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    sizes = ["--num-envs", "4", "--num-steps", "4", "--num-minibatches", "2", "--total-timesteps", "16"]
+    assert refusal(["--env-id", env_id, *sizes, "--track"], capfd, script).startswith("--track: import of wandb halted")
 
 
 def test_track_refused_in_many_lines(capfd, monkeypatch):

@@ -652,6 +652,17 @@ def test_bad_input(answers, launched, name):
     assert not (launched / f"bad-{name}").exists()
 
 
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for gpus, cuda, fits in ((1, True, False), (1, False, True), (2, True, True), (0, True, True)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if fits:
+            ppo_atari.check_args(ppo_atari.Args(cuda=cuda))
+        else:
+            with pytest.raises(ppo_atari.InputError, match="^2 processes need as many GPUs, not 1; or --no-cuda$"):
+                ppo_atari.check_args(ppo_atari.Args(cuda=cuda))
+
+
 def test_evaluation_is_for_one_process(monkeypatch):
     ppo_atari.check_args(ppo_atari.Args(evaluate="a run"))
     monkeypatch.setattr(ppo_atari, "WORLD_SIZE", 2)

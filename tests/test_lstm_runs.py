@@ -16,6 +16,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import test_runs
 import torch
 from gymnasium.spaces import Box, Discrete
 from test_bad_input import (
@@ -40,7 +41,6 @@ from test_runs import (
     flags,
     in_empty_folder,  # noqa: F401 - a fixture that every test uses
     metrics,
-    problems,
     run_script,
     train,
     update_steps,
@@ -53,6 +53,14 @@ import ppo_lstm
 SCRIPT = Path(ppo_lstm.__file__).resolve()
 PENDULUM = {"env_id": "Pendulum-v1"}
 GAME = {"env_id": "Pong", "num_steps": 8, "num_envs": 2, "update_epochs": 1, "noop_max": 1, "max_game_frames": 24}
+
+
+HIDDEN = r"the velocities of \S+ are hidden; --no-mask-velocity shows them"
+
+
+def problems(stderr: str) -> list[str]:
+    """The lines on stderr that do not show progress, nor say what is hidden."""
+    return [line for line in test_runs.problems(stderr) if not re.fullmatch(HIDDEN, line)]
 
 
 def small(updates: int, **changed) -> ppo_lstm.Args:
@@ -137,10 +145,18 @@ def test_async_environments_give_the_same_run(task):
     assert_same_agent(checkpoint(one)["agent"], checkpoint(several)["agent"])
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_it_is_said_that_velocities_are_hidden(mask, capfd):
+    train(small(1, mask_velocity=mask))
+    assert len(re.findall(HIDDEN, capfd.readouterr().err)) == mask
+
+
 def test_async_environments_are_processes():
-    envs = ppo_lstm.make_envs(small(1, async_envs=True))
-    assert isinstance(envs, gym.vector.AsyncVectorEnv)
-    envs.close()
+    """For games too, whose backend is EnvPool unless something else is asked for."""
+    for task in ({}, GAME | {"env_backend": "auto"}):
+        envs = ppo_lstm.make_envs(small(1, async_envs=True, **task))
+        assert isinstance(envs, gym.vector.AsyncVectorEnv)
+        envs.close()
 
 
 @pytest.mark.parametrize("game", ["Pong", "ALE/Breakout-v5"])
@@ -514,6 +530,12 @@ BAD_FLAGS = {
     "environment that EnvPool does not have": (f"{POOL} test/Odd-v0", "EnvPool has no test/Odd-v0"),
     "Dict observations of EnvPool": (f"{POOL} CartpoleSwingup-v1", "Box or Discrete observations, not Dict"),
     "unknown argument of EnvPool": (f'{POOL} Pong --env-kwargs {{"wind":3}}', "wind"),
+    "larger images of EnvPool": (f'{POOL} Pong --env-kwargs {{"img_height":96}}', "must show 84 x 84 gray pixels"),
+    "colors of EnvPool": (f'{POOL} Pong --env-kwargs {{"gray_scale":false}}', "must show 84 x 84 gray pixels"),
+    "memory instead of images": (
+        '--env-id Pong --env-backend gymnasium --env-kwargs {"obs_type":"ram"}',
+        "the game must show color images, not Box(0, 255, (128,)",
+    ),
     "arguments of EnvPool as a list": (f"{POOL} Pong --env-kwargs [3]", "--env-kwargs [3]"),
     "MultiDiscrete actions": ("--env-id test/MultiDiscreteActions-v0", "not MultiDiscrete"),
     "integer Box actions": ("--env-id test/IntegerBox-v0", "floating-point numbers, not Box(0, 5, (2,), int64)"),

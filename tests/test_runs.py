@@ -514,6 +514,22 @@ def test_signal_between_two_updates(monkeypatch):
     assert checkpoint(path)["update"] == 3
 
 
+def test_only_ctrl_c_kills_after_a_signal(monkeypatch):
+    """Schedulers send SIGTERM more than once; it must not cost the checkpoint that the first one asked for."""
+    original, handlers = ppo.Run.end_update, []
+
+    def end_update(run, rollout, values):
+        original(run, rollout, values)
+        for _ in range(3 if run.update == 2 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+            handlers.append((signal.getsignal(signal.SIGTERM) == run.stop, signal.getsignal(signal.SIGINT)))
+
+    monkeypatch.setattr(ppo.Run, "end_update", end_update)
+    path = train(small(9, checkpoint_interval=5))
+    assert checkpoint(path)["update"] == 2
+    assert handlers == [(True, signal.SIG_DFL)] * 3
+
+
 def test_handlers_of_signals_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(small(1))

@@ -28,8 +28,8 @@ DIFFERENCES = {
         "collect_rollout": (35, "images are stacked; one call gives logits and values; lives are no games"),
         "normalize": (7, "mean and deviation over all ranks"),
         "gradient_step": (5, "one call gives logits and values; the mean over all ranks"),
-        "train": (79, "as above; ranks; CUDA graphs"),
-        "check_args": (14, "the games' settings; ranks; --env-backend"),
+        "train": (80, "as above; ranks; CUDA graphs"),
+        "check_args": (17, "the games' settings; ranks; --env-backend"),
         "Run.__init__": (14, "rank 0 alone has files"),
         "Run.write": (2, "rank 0 alone has files"),
         "evaluate": (16, "as in collect_rollout"),
@@ -53,7 +53,7 @@ DIFFERENCES = {
         "MLP.as_numpy": (None, "the LSTM acts in PyTorch"),
         "log_probabilities": (None, "a method of the actors"),
         "Args.num_updates": (2, "the example's numbers"),
-        "make_envs": (53, "games, images, continuous actions, hidden velocities, EnvPool"),
+        "make_envs": (54, "games, images, continuous actions, hidden velocities, EnvPool"),
         "layer_init": (2, "convolutions too"),
         "MLP": (2, "features instead of outputs"),
         "MLP.__init__": (7, "features instead of outputs"),
@@ -65,7 +65,7 @@ DIFFERENCES = {
         "ppo_loss": (17, "an actor's log-probabilities and entropy; steps of environments"),
         "Adam.__init__": (2, "the LSTM's second bias stays 0"),
         "gradient_step": (6, "sequences and states"),
-        "train": (63, "the LSTM's state; minibatches of whole environments; normalization"),
+        "train": (65, "the LSTM's state; minibatches of whole environments; normalization"),
         "check_args": (15, "environments are shared by minibatches; the games' settings; --env-backend"),
         "evaluate": (19, "as in collect_rollout"),
     },
@@ -74,7 +74,7 @@ DIFFERENCES = {
 # What ppo.py lacks and two others have: {(script, script): {definition: (lines that differ, why)}}
 RELATIVES = {
     ("ppo_atari.py", "ppo_lstm.py"): {
-        "EnvpoolVectorEnv.__init__": (33, "games alone, or all but games"),
+        "EnvpoolVectorEnv.__init__": (38, "games alone, or all but games"),
         "EnvpoolVectorEnv.reset": (2, "what the agent sees"),
         "EnvpoolVectorEnv.step": (18, "what the agent sees; games and lives"),
         "find_game": (14, "not all environments are games"),
@@ -85,13 +85,13 @@ RELATIVES = {
     },
     ("ppo_atari.py", "ppo_continuous.py"): {
         "EnvpoolVectorEnv": (6, "games alone, or all but games"),
-        "EnvpoolVectorEnv.__init__": (17, "games alone, or all but games"),
+        "EnvpoolVectorEnv.__init__": (20, "games alone, or all but games"),
         "EnvpoolVectorEnv.reset": (2, "what the agent sees"),
         "EnvpoolVectorEnv.step": (16, "what the agent sees; games and lives"),
     },
     ("ppo_continuous.py", "ppo_lstm.py"): {
         "EnvpoolVectorEnv": (6, "games alone, or all but games"),
-        "EnvpoolVectorEnv.__init__": (32, "games alone, or all but games"),
+        "EnvpoolVectorEnv.__init__": (34, "games alone, or all but games"),
         "EnvpoolVectorEnv.reset": (2, "what the agent sees"),
         "EnvpoolVectorEnv.step": (18, "what the agent sees; games and lives"),
         "check_spaces": (10, "both kinds of actions"),
