@@ -474,12 +474,15 @@ def test_cuda_graph(monkeypatch):
 
 @pytest.mark.parametrize("module", ["ppo_atari", "ppo_lstm"])
 def test_freed_memory_is_kept(module):
-    """What a tensor has freed the next one gets without page faults; the system would fault on each of 10,000 pages."""
+    """What a tensor has freed a later one gets without page faults; the system would fault on each of 10,000 pages.
+
+    It takes some rounds until the heap has holes of the right size.
+    """
     program = f"""
 import resource, torch, {module}
 {module}.keep_freed_memory()
-faults = [(torch.ones(10_000_000), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1] for _ in range(12)]
-print(faults[-1] - faults[1])
+faults = [(torch.ones(10_000_000), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1] for _ in range(40)]
+print(faults[-1] - faults[-11])
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
