@@ -252,7 +252,6 @@ class RunState:
     total_steps: int  # that the run is meant to reach; 0 if config.json does not say
     wall_time: float  # seconds of training, also before it was resumed
     sps: float  # steps per second since it was started or resumed; nan before the first update
-    mean_return: float  # of the last episodes, 100 at most; nan before the first one
     updated: bool  # the last line is that of an update
     has_checkpoint: bool
 
@@ -265,6 +264,19 @@ class RunState:
     def status(self) -> str:
         """finished, interrupted (it can be resumed, unless it is still running) or no checkpoint."""
         return "finished" if self.finished else "interrupted" if self.has_checkpoint else "no checkpoint"
+
+    @property
+    def mean_return(self) -> float:
+        """Of the last 100 episodes; nan before the first one. It is read anew, from as much of the file as it takes."""
+        returns, size = [], TAIL
+        while len(returns) < 100:
+            tail = read_end(self.path / "metrics.jsonl", size)
+            returns = [float(x) for x in re.findall(rb'"charts/episodic_return": ([-+.\de]+)', tail)]
+            if len(tail) < size:  # that was the whole file
+                break
+            size *= 4
+        returns = returns[-100:]
+        return sum(returns) / len(returns) if returns else math.nan
 
 
 def scan_runs(runs_dir: Path) -> dict[str, list[Path]]:
@@ -299,6 +311,16 @@ def parse_line(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
+def read_end(path: Path, size: int) -> bytes:
+    """The last bytes of a file, size at most; none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read(size)
+    except OSError:
+        return b""
+
+
 def run_state(run_dir: Path) -> RunState:
     """Reads config.json and the end of metrics.jsonl; what is missing or broken there counts as not reached."""
     try:
@@ -307,15 +329,9 @@ def run_state(run_dir: Path) -> RunState:
         total = config["total_timesteps"] // batch * batch
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         config, total = {}, 0
-    try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            tail = file.read()
-    except OSError:
-        tail = b""
+    tail = read_end(run_dir / "metrics.jsonl", TAIL)
     row = next(filter(None, map(parse_line, reversed(tail.splitlines()))), {})
     updates = re.findall(rb'"charts/SPS": (\d+)', tail)
-    returns = [float(value) for value in re.findall(rb'"charts/episodic_return": ([-+.\de]+)', tail)[-100:]]
     return RunState(
         path=run_dir,
         config=config,
@@ -323,7 +339,6 @@ def run_state(run_dir: Path) -> RunState:
         total_steps=total,
         wall_time=row.get("wall_time", 0.0),
         sps=float(updates[-1]) if updates else math.nan,
-        mean_return=sum(returns) / len(returns) if returns else math.nan,
         updated="charts/SPS" in row,
         has_checkpoint=(run_dir / "checkpoint.pt").exists(),
     )

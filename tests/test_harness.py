@@ -302,6 +302,16 @@ def test_run_state():
     assert not run_state(write_run("C__x__1__1", CONFIG, [EPISODE | {"global_step": 16}])).finished
 
 
+@pytest.mark.parametrize("updates", [0, 3, 40])
+def test_mean_return_is_that_of_100_episodes(updates):
+    """However many lines of updates stand between the episodes, beyond the part of the file that is always read."""
+    returns = [-1e3, *np.random.default_rng(1).normal(size=100)]
+    rows = [row for value in returns for row in [EPISODE | {"charts/episodic_return": value}, *[UPDATE] * updates]]
+    path = write_run("A__x__1__1", CONFIG, rows)
+    assert (path / "metrics.jsonl").stat().st_size > 16 * 1024 or not updates
+    assert run_state(path).mean_return == pytest.approx(np.mean(returns[1:]))
+
+
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"num_envs": "x"}', '{"num_envs": 0, "num_steps": 0}', "\xff"])
 def test_broken_config(config):
     path = write_run("A__x__1__1", {}, [UPDATE])
