@@ -27,41 +27,93 @@ train() is the algorithm; what it calls stands above it, and what has nothing to
 
 import contextlib
 import difflib
+import functools
+import importlib.util
 import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import sys
-import textwrap
-import threading
 import time
+import traceback
+import typing
 import warnings
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the program
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Discrete, flatten_space
+from gymnasium.spaces import Box, Discrete
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+SIGNALS = []  # those that came: training then ends after the present update
 
 
 @dataclass
-class Args:
-    """PPO with the 13 core details and the 9 for continuous actions."""
+class AlgorithmArgs:
+    """How to learn."""
 
-    # The run
+    total_timesteps: float = 1_000_000  # steps of all environments together, floored to whole rollouts [extra-11]
+    learning_rate: float = 3e-4  # learning rate of Adam, at the start
+    num_envs: int = 1  # environments stepped together [core-1]
+    num_steps: int = 2048  # steps of each environment in one rollout [core-1]
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 [core-4]
+    gamma: float = 0.99  # discount factor, 0 to 1
+    gae_lambda: float = 0.95  # GAE: from 0 (one-step TD error) to 1 (returns to the rollout's end) [core-5]
+    bootstrap_truncated: bool = False  # at a time limit, add gamma * V(last observation) to the reward [extra-14]
+    num_minibatches: int = 32  # equal parts that a rollout is cut into [core-6]
+    minibatch_replacement: bool = False  # draw minibatches with replacement, a common mistake [core-6]
+    update_epochs: int = 10  # passes over the rollout in one update [core-6]
+    norm_adv: bool = True  # normalize the advantages, for each minibatch [core-7]
+    norm_adv_per_batch: bool = False  # normalize the advantages once for the whole rollout instead [core-7]
+    population_std: bool = True  # normalize by the population's deviation; off: the sample's, as PyTorch does [extra-3]
+    clip_policy: bool = True  # clip the surrogate objective [core-8]
+    clip_coef: float = 0.2  # clip range of the probability ratio and of the value loss [core-8] [core-9]
+    anneal_clip: bool = False  # lower the clip range linearly to 0, like the learning rate [aux-1]
+    clip_vloss: bool = True  # clip the value loss [core-9]
+    ent_coef: float = 0.0  # weight of the entropy bonus [core-10]
+    vf_coef: float = 0.5  # weight of the value loss [core-10]
+    max_grad_norm: float = 0.5  # limit of the gradient's global norm; inf: no limit [core-11]
+    target_kl: float | None = None  # stop the update after an epoch with a mean KL divergence above this [aux-3]
+    adam_eps: float = 1e-5  # epsilon of Adam [core-3]
+    adam_eps_hat: bool = True  # add epsilon where TensorFlow 1 does; off: where PyTorch does [extra-1]
+    orthogonal_init: bool = True  # initialize weights orthogonally, biases with 0; off: PyTorch's default [core-2]
+    shared_network: bool = False  # let policy and value function share their hidden layers [continuous-4] [core-13]
+    state_dependent_std: bool = False  # let the network give the standard deviations too [continuous-2]
+    clip_action: bool = True  # clip actions to their bounds before the environment gets them [continuous-5]
+    squash_action: bool = False  # map actions into their bounds by tanh instead [continuous-5]
+    norm_obs: bool = True  # normalize observations by their running mean and standard deviation [continuous-6]
+    clip_obs: bool = True  # clip normalized observations to [-10, 10] [continuous-7]
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return [continuous-8]
+    clip_reward: bool = True  # clip normalized rewards to [-10, 10] [continuous-9]
+
+
+@dataclass
+class EnvironmentArgs:
+    """What to learn."""
+
+    env_id: str = "HalfCheetah-v4"  # a registered environment, or module:EnvId, which imports the module first
+    env_kwargs: str = "{}"  # arguments for the environment's constructor, as a JSON object
+    env_backend: Literal["gymnasium", "envpool"] = "gymnasium"  # envpool is faster for many environments; Linux only
+
+
+@dataclass
+class RunArgs:
+    """Where to run and what to keep."""
+
     exp_name: str = SCRIPT  # name of the experiment, part of the run directory's name
     seed: int = 1  # seeds the network, the action noise and the shuffles; environment i gets seed + i [extra-35]
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
@@ -77,47 +129,12 @@ class Args:
     evaluate: str | None = None  # play episodes with the agent in this run directory instead of training
     eval_episodes: int = 10  # episodes to play with --evaluate
     eval_deterministic: bool = False  # with --evaluate, take the most probable action instead of sampling one
+    eval_max_steps: int = 10_000  # with --evaluate, cut an episode off after this many steps
 
-    # The environment
-    env_id: str = "HalfCheetah-v4"  # a registered environment, or module:EnvId, which imports the module first
-    env_kwargs: str = "{}"  # arguments for the environment's constructor, as a JSON object
-    env_backend: str = "gymnasium"  # gymnasium, or envpool: many environments on several cores; Linux only
 
-    # The algorithm
-    total_timesteps: int = 1_000_000  # steps of all environments together, floored to whole rollouts [extra-11]
-    learning_rate: float = 3e-4  # learning rate of Adam, at the start
-    num_envs: int = 1  # environments stepped together [core-1]
-    num_steps: int = 2048  # steps of each environment in one rollout [core-1]
-    anneal_lr: bool = True  # lower the learning rate linearly to 0 [core-4]
-    gamma: float = 0.99  # discount factor, 0 to 1
-    gae: bool = True  # generalized advantage estimation; off: n-step returns to the rollout's end (lambda 1) [core-5]
-    gae_lambda: float = 0.95  # from 0 (one-step TD error) to 1 (Monte Carlo) [core-5]
-    bootstrap_truncated: bool = False  # a time limit is no end: add gamma * V(last observation) there [extra-14]
-    num_minibatches: int = 32  # equal parts that a rollout is cut into [core-6]
-    minibatch_replacement: bool = False  # draw minibatches with replacement, a common mistake [core-6]
-    update_epochs: int = 10  # passes over the rollout in one update [core-6]
-    norm_adv: bool = True  # normalize the advantages, for each minibatch [core-7]
-    norm_adv_per_batch: bool = False  # normalize them once for the whole rollout instead [core-7]
-    population_std: bool = True  # by the population's standard deviation; off: the sample's, as in PyTorch [extra-3]
-    clip_policy: bool = True  # clip the surrogate objective [core-8]
-    clip_coef: float = 0.2  # clip range of the probability ratio and of the value loss [core-8] [core-9]
-    anneal_clip: bool = False  # lower the clip range linearly to 0, like the learning rate [aux-1]
-    clip_vloss: bool = True  # clip the value loss [core-9]
-    ent_coef: float = 0.0  # weight of the entropy bonus [core-10]
-    vf_coef: float = 0.5  # weight of the value loss [core-10]
-    max_grad_norm: float = 0.5  # limit of the gradient's global norm; inf: no limit [core-11]
-    target_kl: float | None = None  # stop the update after an epoch with a mean KL divergence above this [aux-3]
-    adam_eps: float = 1e-5  # epsilon of Adam [core-3]
-    adam_eps_hat: bool = True  # add epsilon where TensorFlow 1 does; off: where PyTorch does [extra-1]
-    orthogonal_init: bool = True  # orthogonal initialization, biases 0; off: PyTorch's default [core-2]
-    shared_network: bool = False  # policy and value function share their hidden layers [continuous-4] [core-13]
-    state_dependent_std: bool = False  # the network gives the standard deviations too [continuous-2]
-    clip_action: bool = True  # clip actions to their bounds before the environment gets them [continuous-5]
-    squash_action: bool = False  # map them into their bounds by tanh instead [continuous-5]
-    norm_obs: bool = True  # normalize observations by their running mean and standard deviation [continuous-6]
-    clip_obs: bool = True  # clip normalized observations to [-10, 10] [continuous-7]
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return [continuous-8]
-    clip_reward: bool = True  # clip normalized rewards to [-10, 10] [continuous-9]
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
+    """PPO with the 13 core details and the 9 for continuous actions."""
 
     @property
     def batch_size(self) -> int:
@@ -127,115 +144,152 @@ class Args:
     @property
     def num_updates(self) -> int:
         """[extra-11] Only whole rollouts count: 1,000,000 steps are 488 updates, 999,424 steps."""
-        return self.total_timesteps // self.batch_size
+        return int(self.total_timesteps // self.batch_size)
 
 
-class SameStepVectorEnv(gym.vector.SyncVectorEnv):
-    """SyncVectorEnv in same-step autoreset mode, with a step that costs about half as much.
+class EpisodeEnd(NamedTuple):
+    """What is known of an episode when it ends."""
 
-    What it returns is overwritten by the next step, as with copy=False. Its infos are those of episodes' ends alone.
-    """
+    env: int  # index of the environment
+    episodic_return: float
+    length: int
+    last_obs: np.ndarray  # [size]: what the last step led to; the rollout goes on with the next episode's first
+    truncated: bool  # cut off by a time limit, and not ended by the task
 
-    def step(self, actions: np.ndarray):
-        """Steps all environments with actions [N]; returns what gymnasium.vector.VectorEnv.step documents."""
-        infos = {}
+
+class Environments:
+    """N environments of gymnasium, stepped one after the other, that restart by themselves."""
+
+    def __init__(self, envs: list[gym.Env], max_steps: float):
+        self.envs, self.max_steps = envs, max_steps
+        self.observation_space, self.action_space = envs[0].observation_space, envs[0].action_space
+        self.obs = np.zeros((len(envs), *self.observation_space.shape))  # [extra-33] in float64
+        self.rewards, self.dones = np.zeros(len(envs), np.float32), np.zeros(len(envs), bool)
+
+    def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
+        """Starts an episode in each and returns the first observations [N, size].
+
+        A run that is resumed at first_step does not play its first episodes again.
+        """
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        random.seed(seed + first_step)  # some environments draw from the global generators, or from their spaces
+        np.random.seed((seed + first_step) % 2**32)
         for i, env in enumerate(self.envs):
-            obs, self._rewards[i], self._terminations[i], self._truncations[i], info = env.step(actions[i])
-            # [core-1] Where an episode ends, the environment restarts within the same step, which then returns the next
-            # episode's first observation. Gymnasium's default spends an extra step on the restart: a transition that
-            # never happened, and must not be learned from.
-            if self._terminations[i] or self._truncations[i]:
-                infos = self._add_info(infos, {"final_obs": obs, "final_info": info}, i)
-                obs, _ = env.reset()
-            self._observations[i] = obs
-        return self._observations, self._rewards, self._terminations, self._truncations, infos
+            env.unwrapped.observation_space.seed(seed + first_step + i)
+            env.unwrapped.action_space.seed(seed + first_step + i)
+            self.obs[i], _ = env.reset(seed=seed + i)  # [extra-35]
+            if first_step:
+                env.unwrapped.np_random = np.random.default_rng([seed + i, first_step])
+                self.obs[i], _ = env.reset()
+        return self.obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[EpisodeEnd]]:
+        """Takes actions [N, ...]; returns the next observations [N, size], rewards [N], dones [N] and what ended.
+
+        The next step overwrites what this one returned.
+        """
+        ends = []
+        for i, env in enumerate(self.envs):
+            self.obs[i], reward, terminated, truncated, _ = env.step(actions[i])
+            self.rewards[i] = reward = reward if type(reward) is float else np.asarray(reward).item()
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            self.dones[i] = done = bool(terminated or truncated or self.lengths[i] >= self.max_steps)
+            if done:
+                ends.append(EpisodeEnd(i, self.returns[i], self.lengths[i], self.obs[i].copy(), not terminated))
+                self.returns[i], self.lengths[i] = 0.0, 0
+                # [core-1] The next episode begins within the same step: what follows a done in the rollout is its first
+                # observation. Gymnasium's vector environments take an extra step for the restart by default, whose
+                # action is ignored: a transition that never happened, and must not be learned from.
+                self.obs[i], _ = env.reset()
+        return self.obs, self.rewards, self.dones, ends
+
+    def close(self) -> None:
+        """Closes all."""
+        for env in self.envs:
+            env.close()
 
 
-class EnvpoolVectorEnv(gym.vector.VectorEnv):
-    """EnvPool's environments, which C++ threads step in parallel, with the interface of SameStepVectorEnv."""
+class EnvpoolEnvironments(Environments):
+    """The same with EnvPool, whose C++ threads step all environments in parallel."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, max_steps: float):
         import envpool
 
         if args.env_id not in envpool.list_all_envs():
             similar = " or ".join(difflib.get_close_matches(args.env_id, envpool.list_all_envs()))
             raise InputError(f"EnvPool has no {args.env_id}" + f"; did you mean {similar}?" * bool(similar))
-        kwargs = json.loads(args.env_kwargs) | {"seed": args.seed}
-        kwargs |= {"num_envs": args.num_envs, "batch_size": args.num_envs}
-        self.make_pool = lambda **changed: envpool.make_gymnasium(args.env_id, **kwargs | changed)
-        self.pool, self.num_envs = self.make_pool(), args.num_envs
-        self.single_observation_space = flatten_space(self.pool.observation_space)
-        self.single_action_space = self.pool.action_space
-        check_spaces(self.pool.observation_space, self.single_action_space, args)
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        kwargs = {"max_episode_steps": int(min(max_steps, envpool.make_spec(args.env_id).config.max_episode_steps))}
+        kwargs |= json.loads(args.env_kwargs) | {"num_envs": args.num_envs, "batch_size": args.num_envs}
+        self.make = lambda seed: envpool.make_gymnasium(args.env_id, **kwargs, seed=seed % 2**31)
+        self.envs, self.pool = [], self.make(args.seed)
+        self.observation_space, self.action_space = self.pool.observation_space, self.pool.action_space
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """Restarts all environments; EnvPool takes a seed only when environments are made."""
-        self.pool = self.make_pool(seed=seed % 2**31) if seed is not None else self.pool
-        self.returns[:], self.lengths[:] = 0, 0
-        return self.pool.reset()[0].reshape(self.num_envs, -1), {}
+    def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
+        """As above. EnvPool takes a seed only when environments are made."""
+        self.pool = self.make(seed + first_step)
+        obs, _ = self.pool.reset()
+        self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
+        return obs
 
-    def step(self, actions: np.ndarray):
-        """Steps all environments with actions [N, ...]; returns what gymnasium.vector.VectorEnv.step documents."""
-        obs, rewards, terminations, truncations, _ = self.pool.step(actions)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[EpisodeEnd]]:
+        """As above."""
+        obs, rewards, terminated, truncated, _ = self.pool.step(actions)
+        dones = terminated | truncated
         self.returns += rewards
         self.lengths += 1
-        infos, ended = {}, np.flatnonzero(terminations | truncations)
-        if len(ended):
+        ends, ended = [], np.flatnonzero(dones)
+        for i in ended.tolist():
+            ends.append(EpisodeEnd(i, self.returns[i], self.lengths[i], obs[i].copy(), not terminated[i]))
+        if ends:
             # [core-1] EnvPool restarts an environment in its next step, whose action it ignores. One more call for just
             # these environments does that within this step, so that no such transition gets into the rollout.
-            infos["final_obs"] = obs.reshape(self.num_envs, -1).copy()
-            infos["final_info"] = {"episode": {"r": self.returns.copy(), "l": self.lengths.copy()}}
             obs[ended] = self.pool.step(actions[ended], ended.astype(np.int32))[0]
             self.returns[ended], self.lengths[ended] = 0, 0
-        return obs.reshape(self.num_envs, -1), rewards, terminations, truncations, infos
+        return obs, rewards, dones, ends
+
+
+def make_envs(args: Args, video_folder: Path | None = None) -> Environments:
+    """Creates num_envs environments with observations [size]; raises InputError if that is impossible.
+
+    With gymnasium, other observations are flattened, Discrete ones to one-hot vectors.
+    """
+    max_steps = args.eval_max_steps if args.evaluate else math.inf
+    if args.env_backend == "envpool" and importlib.util.find_spec("envpool"):
+        with reported(args):
+            envs = EnvpoolEnvironments(args, max_steps)
+        check_spaces(envs.observation_space, envs.action_space, args)
+        if not is_vector(envs.observation_space):
+            raise InputError(f"observations {envs.observation_space} need --env-backend gymnasium")
+        return envs
+
+    def make_vector_env(index: int) -> gym.Env:
+        env = make_env(args.env_id, args, video_folder if index == 0 else None)
+        check_spaces(env.observation_space, env.action_space, args)
+        return env if is_vector(env.observation_space) else gym.wrappers.FlattenObservation(env)
+
+    return Environments([make_vector_env(index) for index in range(args.num_envs)], max_steps)
+
+
+def is_vector(space: gym.Space) -> bool:
+    """Whether these are numbers in a row, which a network can take as they are."""
+    return isinstance(space, Box) and len(space.shape) == 1
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space, args: Args) -> None:
     """Raises InputError if the script cannot learn in such an environment."""
     if not isinstance(action_space, Box) or not np.issubdtype(action_space.dtype, np.floating):
-        raise InputError(f"{SCRIPT}.py needs Box actions of floating-point numbers, not {action_space}")
-    if not isinstance(observation_space, Box | Discrete):
-        raise InputError(f"{SCRIPT}.py needs Box or Discrete observations, not {observation_space}")
+        other = "; ppo.py is for Discrete actions" if isinstance(action_space, Discrete) else ""
+        raise InputError(f"{SCRIPT}.py needs Box actions of floating-point numbers, not {action_space}{other}")
     if args.squash_action and not action_space.is_bounded():
         raise InputError(f"--squash-action needs actions with bounds, not {action_space}")
-
-
-def make_envs(args: Args, video_folder: Path | None = None, video_trigger=None) -> gym.vector.VectorEnv:
-    """Creates num_envs environments that are stepped together; raises InputError if that is impossible.
-
-    Their observations are vectors [size]: other Boxes are flattened, Discrete observations become one-hot.
-    """
-
-    def make_env(index: int) -> gym.Env:
-        env, kwargs = None, json.loads(args.env_kwargs)
-        if video_folder and index == 0:
-            try:
-                env = gym.make(args.env_id, render_mode="rgb_array", **kwargs)
-                env = SafeRecordVideo(env, str(video_folder), video_trigger, name_prefix=f"{time.time():.0f}")
-            except Exception as error:
-                print(f"no videos, {args.env_id} cannot be recorded: {one_line(error)}", file=sys.stderr)
-                env = None
-        env = env or gym.make(args.env_id, **kwargs)
-        check_spaces(env.observation_space, env.action_space, args)
-        if len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)
-        return gym.wrappers.RecordEpisodeStatistics(env)
-
-    warnings.filterwarnings("ignore", ".*is out of date")  # the official curves are of -v4 environments
-    try:
-        if args.env_backend == "envpool":
-            try:
-                return EnvpoolVectorEnv(args)
-            except ImportError:
-                print("EnvPool is not installed (it exists for Linux only); using gymnasium", file=sys.stderr)
-        make = [lambda index=index: make_env(index) for index in range(args.num_envs)]
-        return SameStepVectorEnv(make, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    except InputError:
-        raise
-    except Exception as error:  # a constructor may raise anything
-        given = "" if args.env_kwargs == "{}" else f" with --env-kwargs {args.env_kwargs}"
-        raise InputError(f"cannot make {args.env_id}{given}: {one_line(error)}") from error
+    bounds = np.abs([action_space.low, action_space.high])
+    if not args.squash_action and ((bounds > 10) & (bounds < math.inf) | (bounds.max(0) < 0.1)).any():
+        say(f"{action_space} is far from the actions of -1 to 1 that the policy tries; --squash-action maps them to it")
+    if not observation_space.is_np_flattenable:
+        raise InputError(f"{SCRIPT}.py needs observations that can be flattened, not {observation_space}")
+    if isinstance(observation_space, Box) and observation_space.dtype == np.uint8 and not is_vector(observation_space):
+        say(f"images {observation_space.shape} are flattened here; ppo_atari.py has a convolutional network")
 
 
 class RunningMeanStd:
@@ -254,8 +308,11 @@ class RunningMeanStd:
         self.mean, self.count = self.mean + shift, count
 
 
-def normalize_obs(obs: np.ndarray, stats: RunningMeanStd, args: Args, update: bool = True) -> np.ndarray:
-    """Observations [N, size] as the network gets them; a new one counts in the statistics (vec_normalize.py)."""
+def normalize_obs(obs: np.ndarray, stats: RunningMeanStd, args: Args, update: bool) -> np.ndarray:
+    """Observations [..., size] as the network gets them; update: new ones [N, size] count in the statistics.
+
+    As in vec_normalize.py.
+    """
     if not args.norm_obs:
         return obs
     if update:  # [extra-31] before they are used
@@ -298,87 +355,40 @@ def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
     return layer
 
 
-class MLP(nn.Module):
-    """Linear layers with tanh between them: [..., inputs] -> [..., outputs] (common/models.py)."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        # To look these up in the layers at every call would cost more than the arithmetic on a few observations.
-        self.weights = [(layer.weight, layer.bias) for layer in layers]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Output of the last layer."""
-        for weight, bias in self.weights[:-1]:
-            x = torch.tanh(F.linear(x, weight, bias))
-        return F.linear(x, *self.weights[-1])
-
-    @torch.no_grad()
-    def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The present network as a function of arrays: for a few observations several times faster than PyTorch."""
-        *hidden, (last_weight, last_bias) = [[p.detach().cpu().numpy().T for p in pair] for pair in self.weights]
-
-        def forward(x: np.ndarray) -> np.ndarray:
-            for weight, bias in hidden:
-                x = np.tanh(x @ weight + bias)
-            return x @ last_weight + last_bias
-
-        example = torch.ones(1, self.layers[0].in_features)
-        difference = forward(example.numpy()) - self(example.to(self.weights[0][0].device)).cpu().numpy()
-        assert not np.abs(difference).max() > 1e-4 * np.abs(last_weight).sum(), "as_numpy must compute forward"
-        return forward
-
-
-class GaussianActor(nn.Module):
-    """A Gaussian policy: observations [..., size] -> its means [..., A] and the log of its standard deviations.
-
-    The latter are [A], the same for all observations; with --state-dependent-std they are [..., A].
-    """
-
-    def __init__(self, hidden: list[nn.Linear], num_actions: int, args: Args):
-        super().__init__()
-        outputs = 2 * num_actions if args.state_dependent_std else num_actions
-        # [core-2] The small gain makes the first policy nearly the same in all states.
-        self.network = MLP([*hidden, layer_init(nn.Linear(64, outputs), 0.01, args)])
-        # [continuous-2] One deviation for each action, the same in all states, keeps exploration from vanishing in some
-        # states before it does in others. It starts at 1.
-        self.log_std = None if args.state_dependent_std else nn.Parameter(torch.zeros(num_actions))
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and log standard deviations."""
-        output = self.network(obs)
-        return output.chunk(2, -1) if self.log_std is None else (output, self.log_std)
-
-    def as_numpy(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """The same as a function of arrays."""
-        network = self.network.as_numpy()
-        if self.log_std is None:
-            return lambda obs: np.split(network(obs), 2, -1)
-        log_std = self.log_std.detach().cpu().numpy()
-        return lambda obs: (network(obs), log_std)
-
-
 class Agent(nn.Module):
     """A policy (actor) and a value function (critic), each with two hidden layers of 64 tanh units.
 
-    actor: observations [..., size] -> means and log standard deviations of a Gaussian over the actions, see above.
+    actor: observations [..., size] -> means [..., A] of a Gaussian over the A components of an action and, with
+    --state-dependent-std, the logarithms of its standard deviations beside them [..., 2A].
     critic: observations [..., size] -> expected discounted returns [..., 1].
     """
 
     def __init__(self, observation_space: Box, action_space: Box, args: Args):
         super().__init__()
 
-        def hidden_layers() -> list[nn.Linear]:
-            sizes = (observation_space.shape[0], 64), (64, 64)
-            return [layer_init(nn.Linear(*size), math.sqrt(2), args) for size in sizes]
+        def hidden_layers() -> list[nn.Module]:
+            first = layer_init(nn.Linear(observation_space.shape[0], 64), math.sqrt(2), args)
+            return [first, nn.Tanh(), layer_init(nn.Linear(64, 64), math.sqrt(2), args), nn.Tanh()]
 
         # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features. The
         # layers of both are drawn independently. [continuous-4] [extra-16]
         actor_layers = hidden_layers()
         critic_layers = actor_layers if args.shared_network else hidden_layers()
-        self.actor = GaussianActor(actor_layers, math.prod(action_space.shape), args)
-        self.critic = MLP([*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args)])
+        # [core-2] The small gain makes the first policy nearly the same in all states.
+        size = math.prod(action_space.shape)
+        outputs = 2 * size if args.state_dependent_std else size
+        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, outputs), 0.01, args))
+        self.critic = nn.Sequential(*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args))
+        # [continuous-2] One deviation for each component, the same in all states, keeps exploration from vanishing in
+        # some states before it does in others. It starts at 1.
+        self.log_std = None if args.state_dependent_std else nn.Parameter(torch.zeros(size))
         self.obs_stats, self.return_stats = RunningMeanStd(observation_space.shape), RunningMeanStd(())
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Observations [..., size] -> means [..., A], log standard deviations [A] or [..., A], and values [...]."""
+        output = self.actor(obs)
+        mean, log_std = output.chunk(2, -1) if self.log_std is None else (output, self.log_std)
+        return mean, log_std, self.critic(obs).squeeze(-1)
 
     def get_extra_state(self) -> dict:
         """The running statistics, which PyTorch saves and loads with the weights: without them these are worthless."""
@@ -392,12 +402,39 @@ class Agent(nn.Module):
                 setattr(stats, key, saved[key].numpy().reshape(np.shape(value)))
 
 
-def log_probabilities(policy: tuple[torch.Tensor, torch.Tensor], actions: torch.Tensor) -> torch.Tensor:
-    """Log-densities [...] of actions [..., A] under a Gaussian policy (means, log standard deviations)."""
-    mean, log_std = policy
+@torch.no_grad()
+def as_numpy(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The network as it is now, as a function of arrays: a few observations take NumPy a third of PyTorch's time.
+
+    A network of other layers than nn.Linear and nn.Tanh acts in PyTorch.
+    """
+    if type(network) is not nn.Sequential or not all(
+        type(layer) is nn.Tanh or (type(layer) is nn.Linear and layer.bias is not None) for layer in network
+    ):
+        say("the actor has other layers than Linear and Tanh: it acts in PyTorch, which is slower than NumPy")
+        device = next(network.parameters()).device
+        return lambda x: network(torch.from_numpy(x).to(device)).cpu().numpy()
+    layers = [[p.cpu().numpy().T for p in layer.parameters()] for layer in network]  # of tanh: an empty list
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weights in layers:
+            x = x @ weights[0] + weights[1] if weights else np.tanh(x)
+        return x
+
+    return forward
+
+
+def log_probabilities(
+    mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-densities [...] of actions [..., A] and entropies of the Gaussian policy.
+
+    Of means [..., A] and log standard deviations [..., A], or [A] for all: then there is one entropy [].
+    """
     # [continuous-1] [continuous-3] Independent components: the density of an action is the product of theirs.
     standardized = (actions - mean) * (-log_std).exp()
-    return -(0.5 * standardized.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
+    log_probs = -(0.5 * standardized.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * actions.shape[-1]
+    return log_probs, (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 def environment_actions(actions: np.ndarray, action_space: Box, args: Args) -> np.ndarray:
@@ -420,39 +457,41 @@ class Rollout(NamedTuple):
     actions: np.ndarray  # [T, N, A] float32, neither clipped nor squashed
     rewards: np.ndarray  # [T, N] float32
     dones: np.ndarray  # [T, N] bool: this step ended its episode
-    truncated: list[tuple[int, int, np.ndarray]]  # step, environment and last observation of episodes cut by a limit
-    episodes: list[tuple[int, float, int]]  # step, return and length of the episodes that ended
+    ends: list[tuple[int, EpisodeEnd]]  # the episodes that ended, and the steps in which they did
 
 
 @torch.inference_mode()
-def collect_rollout(agent: Agent, envs: gym.vector.VectorEnv, next_obs: np.ndarray, args: Args) -> Rollout:
-    """Acts for num_steps steps, starting from the normalized observations next_obs [N, size] (ppo2/runner.py)."""
+def collect_rollout(agent: Agent, envs: Environments, next_obs: np.ndarray, args: Args, greedy=False) -> Rollout:
+    """Acts for num_steps steps, starting from the normalized next_obs [N, size] (ppo2/runner.py).
+
+    Actions are samples of the policy or, if greedy, its most probable ones.
+    """
     obs = np.empty((args.num_steps + 1, *next_obs.shape), np.float32)
-    actions = np.empty((args.num_steps, args.num_envs, math.prod(envs.single_action_space.shape)), np.float32)
+    actions = np.empty((args.num_steps, args.num_envs, math.prod(envs.action_space.shape)), np.float32)
     rewards = np.empty((args.num_steps, args.num_envs), np.float32)
     dones = np.empty((args.num_steps, args.num_envs), bool)
-    truncated, episodes = [], []
+    ends = []
     # One large draw for the whole rollout is much faster than one for each step.
     noise = torch.randn(actions.shape).numpy()
-    policy = agent.actor.as_numpy()
+    if greedy:
+        noise[:] = 0
+    act = as_numpy(agent.actor)
+    log_std = None if args.state_dependent_std else agent.log_std.cpu().numpy()
 
     obs[0] = next_obs
     for step in range(args.num_steps):
         # Acting needs no values; train() computes them for the whole rollout at once.
-        mean, log_std = policy(obs[step])
+        mean = act(obs[step])
+        if args.state_dependent_std:
+            mean, log_std = np.split(mean, 2, -1)
         actions[step] = mean + np.exp(log_std) * noise[step]
-        env_actions = environment_actions(actions[step], envs.single_action_space, args)
-        next_obs, rewards[step], terminations, truncations, infos = envs.step(env_actions)
-        obs[step + 1] = normalize_obs(next_obs, agent.obs_stats, args)
-        dones[step] = terminations | truncations
-        if "final_info" in infos:
-            for env in np.flatnonzero(dones[step]):
-                episode = infos["final_info"]["episode"]
-                episodes.append((step, float(episode["r"][env]), int(episode["l"][env])))
-                if not terminations[env]:
-                    last_obs = normalize_obs(np.asarray(infos["final_obs"][env]), agent.obs_stats, args, update=False)
-                    truncated.append((step, int(env), last_obs.astype(np.float32)))
-    return Rollout(obs, actions, rewards, dones, truncated, episodes)
+        env_actions = environment_actions(actions[step], envs.action_space, args)
+        next_obs, rewards[step], dones[step], step_ends = envs.step(env_actions)
+        obs[step + 1] = normalize_obs(next_obs, agent.obs_stats, args, update=agent.training)
+        for end in step_ends:
+            last_obs = normalize_obs(end.last_obs, agent.obs_stats, args, update=False).astype(np.float32)
+            ends.append((step, end._replace(last_obs=last_obs)))
+    return Rollout(obs, actions, rewards, dones, ends)
 
 
 def compute_gae(
@@ -469,12 +508,12 @@ def compute_gae(
     # [core-5] Where the rollout stops within an episode, V(s_T) stands for the rest of it; where an episode ends,
     # nothing follows. Lambda trades the bias of V against the variance of long sums. [extra-13] In float64.
     unfinished = 1.0 - dones.double()
-    advantages = rewards + gamma * values[1:] * unfinished - values[:-1]  # delta_t, to which the sum is now added
-    steps, decays = advantages.unbind(), (gamma * gae_lambda * unfinished).unbind()
-    for t in reversed(range(len(steps) - 1)):
-        steps[t].addcmul_(decays[t], steps[t + 1])
-    advantages = advantages.to(values.dtype)
-    return advantages, advantages + values[:-1]
+    deltas = rewards + gamma * values[1:] * unfinished - values[:-1]
+    advantages, decays = list(deltas), list(gamma * gae_lambda * unfinished)
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += decays[t] * advantages[t + 1]
+    returns = torch.stack(advantages).to(values.dtype) + values[:-1]
+    return returns - values[:-1], returns  # [extra-4] The official code learns from this rounded difference.
 
 
 def normalize(advantages: torch.Tensor, args: Args) -> torch.Tensor:
@@ -484,34 +523,43 @@ def normalize(advantages: torch.Tensor, args: Args) -> torch.Tensor:
     return (advantages - mean) / (std + 1e-8)
 
 
+class Batch(NamedTuple):
+    """B samples: those of a rollout, or of a minibatch."""
+
+    obs: torch.Tensor  # [B, size]
+    actions: torch.Tensor  # [B, A]
+    log_probs: torch.Tensor  # [B]: log-probabilities of the actions when they were taken
+    advantages: torch.Tensor  # [B]
+    returns: torch.Tensor  # [B]: what the value function should say
+    values: torch.Tensor  # [B]: what it said
+
+
 def ppo_loss(
-    policy: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor, actions: torch.Tensor, old_log_probs: torch.Tensor,
-    advantages: torch.Tensor, returns: torch.Tensor, old_values: torch.Tensor, clip_coef: float, args: Args,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    log_probs: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor, batch: Batch, clip_coef: float, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of a minibatch of B samples (ppo2/model.py).
 
-    policy (means [B, A], log standard deviations) and values [B] are the network's present output; actions [B, A] and
-    all other tensors [B] come from the rollout.
+    log_probs, entropy and values [B] are what the agent now says of the observations and actions of the minibatch.
     Returns the loss [], its terms [3] (policy loss, value loss, entropy) and the log-ratios [B] of new to old policy.
     """
-    log_ratio = log_probabilities(policy, actions) - old_log_probs
+    log_ratio = log_probs - batch.log_probs
     ratio = log_ratio.exp()
 
     # [core-8] Taking the worse of both leaves nothing to gain from moving the ratio further than clip_coef from 1.
-    policy_loss = -advantages * ratio
+    policy_loss = -batch.advantages * ratio
     if args.clip_policy:
-        policy_loss = torch.maximum(policy_loss, -advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+        policy_loss = torch.maximum(policy_loss, -batch.advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
     policy_loss = policy_loss.mean()
 
     # [core-9] The same for the value function: nothing to gain from moving further than clip_coef from the old value.
-    value_loss = (values - returns).square()
+    value_loss = (values - batch.returns).square()
     if args.clip_vloss:
-        clipped_values = values.clamp(old_values - clip_coef, old_values + clip_coef)
-        value_loss = torch.maximum(value_loss, (clipped_values - returns).square())
-    value_loss = 0.5 * value_loss.mean()  # [extra-6] this half comes on top of vf_coef
+        clipped_values = values.clamp(batch.values - clip_coef, batch.values + clip_coef)
+        value_loss = torch.maximum(value_loss, (clipped_values - batch.returns).square())
+    value_loss = 0.5 * value_loss.mean()  # [extra-6] This half comes on top of vf_coef.
 
     # [core-10] One loss for policy and value function; the entropy bonus keeps the policy from settling too early.
-    entropy = (policy[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()  # [continuous-3]
+    entropy = entropy.mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
     return loss, torch.stack([policy_loss, value_loss, entropy]).detach(), log_ratio.detach()
 
@@ -536,7 +584,7 @@ class Adam:
     """
 
     def __init__(self, agent: Agent):
-        self.tensors = list(agent.parameters())
+        self.tensors = [parameter for parameter in agent.parameters() if parameter.requires_grad]
         self.parameters = torch.cat([p.detach().flatten() for p in self.tensors])
         for parameter, view in zip(self.tensors, self.parameters.split([p.numel() for p in self.tensors])):
             parameter.data = view.view_as(parameter)
@@ -548,7 +596,8 @@ class Adam:
         self.steps += 1
         correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
         # [core-3] A larger epsilon than the usual 1e-8 shortens the steps of parameters with tiny gradients. [extra-1]
-        # TensorFlow 1 adds it to the root of the uncorrected second moment, where it weighs up to 32 times as much.
+        # TensorFlow 1 adds it to the root of the uncorrected second moment: in terms of PyTorch's Adam, its epsilon is
+        # 1e-5 / sqrt(1 - 0.999**t), 32 times as much in the first step.
         epsilon = args.adam_eps if args.adam_eps_hat else args.adam_eps * correction2
         return learning_rate * correction2 / correction1, epsilon
 
@@ -560,15 +609,17 @@ class Adam:
         self.parameters -= (step_size * self.moment1).div_(self.moment2.sqrt().add_(epsilon))
 
 
-def gradient_step(agent: Agent, adam: Adam, minibatch, clip_coef, step_size, epsilon, args: Args):
-    """Improves the agent on one minibatch (obs [B, size], then what ppo_loss takes); returns loss terms, log-ratios."""
-    obs, *others = minibatch
-    loss, terms, log_ratio = ppo_loss(agent.actor(obs), agent.critic(obs).squeeze(-1), *others, clip_coef, args)
+def gradient_step(agent: Agent, adam: Adam, minibatch: Batch, clip_coef, step_size, epsilon, args: Args):
+    """Improves the agent on one minibatch; returns the loss's terms and the log-ratios, as ppo_loss does."""
+    mean, log_std, values = agent(minibatch.obs)
+    log_probs, entropy = log_probabilities(mean, log_std, minibatch.actions)
+    loss, terms, log_ratio = ppo_loss(log_probs, entropy, values, minibatch, clip_coef, args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, adam.tensors)])
     with torch.no_grad():
         # [core-11] One norm over all parameters together: clipping shortens the gradient but keeps its direction.
-        # torch's clip_grad_norm_ adds 1e-6 to the norm, this does not. [extra-5]
-        gradient *= (args.max_grad_norm / gradient.norm()).clamp(max=1)
+        # torch's clip_grad_norm_ adds 1e-6 to the norm, this does not. [extra-5] Tensor.norm() would add millions of
+        # squares one after the other, and lose precision; sum() adds them in pairs.
+        gradient *= (args.max_grad_norm / gradient.square().sum().sqrt()).clamp(max=1)
         adam.step(gradient, step_size, epsilon)
     return terms, log_ratio
 
@@ -584,30 +635,21 @@ def train(args: Args) -> dict:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    agent = Agent(envs.observation_space, envs.action_space, args).to(device)
     adam = Adam(agent)
+    improve = compiled(gradient_step, device) if args.compile else gradient_step
+
     run = Run(args, agent, adam)
     if args.capture_video:
-        envs.close()
         envs = make_envs(args, run.path / "videos")
-    improve = gradient_step
-    if args.compile:
-        # Forward pass, backward pass and Adam become one compiled function. All minibatches have the same shape, so
-        # that the checks before each call can be left out; reset() forgets what another train() has compiled.
-        torch._dynamo.reset()
-        torch._dynamo.config.trace_autograd_ops = True
-        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
-        improve = torch.compile(gradient_step, fullgraph=True, dynamic=False, options=options)
 
-    # [extra-35] Environment i is seeded with this + i. A resumed run does not repeat its first episodes.
-    next_obs, _ = envs.reset(seed=args.seed + run.first_step)
-    run.save()
+    next_obs = envs.reset(args.seed, run.global_step)
     # A run that was over already must stay as it is.
     next_obs = normalize_obs(next_obs, agent.obs_stats, args, update=run.update < args.num_updates)
     discounted_returns = np.zeros(args.num_envs)
-    while run.update < args.num_updates and not run.stopped_by:
+    for update in range(run.update, args.num_updates):
         # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
-        remaining = 1 - run.update / args.num_updates
+        remaining = 1 - update / args.num_updates
         learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
         # [aux-1] So may the clip range; in the official code it is constant. [extra-9]
         clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
@@ -615,21 +657,24 @@ def train(args: Args) -> dict:
         # [core-1] Rollouts have a fixed length; the next one goes on where this one stops, in the middle of episodes.
         rollout = collect_rollout(agent, envs, next_obs, args)
         next_obs = rollout.obs[-1]
+        check_finite({"an observation [step, env, entry]": rollout.obs, "a reward [step, env]": rollout.rewards}, run)
         rewards = normalize_rewards(rollout.rewards, rollout.dones, discounted_returns, agent.return_stats, args)
         rollout = rollout._replace(rewards=rewards)
         obs, actions, rewards, dones = (torch.from_numpy(array).to(device) for array in rollout[:4])
         with torch.no_grad():
-            values = agent.critic(obs).squeeze(-1)
-            log_probs = log_probabilities(agent.actor(obs[:-1]), actions)
+            mean, log_std, _ = agent(obs[:-1])
+            log_probs, _ = log_probabilities(mean, log_std, actions)
+            values = agent(obs)[-1]
             # [extra-14] The official code takes a time limit for an end; this adds the value of what was cut off.
-            for step, env, last_obs in rollout.truncated if args.bootstrap_truncated else []:
-                rewards[step, env] += args.gamma * agent.critic(torch.from_numpy(last_obs).to(device)).squeeze(-1)
-            advantages, returns = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda if args.gae else 1.0)
-        advantages = returns - values[:-1]  # [extra-4]
-        if args.norm_adv and args.norm_adv_per_batch:
-            advantages = normalize(advantages.flatten(), args)
-        batch = [obs[:-1], actions, log_probs, advantages, returns, values[:-1]]
-        batch = [tensor.reshape(args.batch_size, *tensor.shape[2:]) for tensor in batch]
+            for step, end in rollout.ends if args.bootstrap_truncated else []:
+                if end.truncated:
+                    *_, last_value = agent(torch.from_numpy(end.last_obs).to(device))
+                    rewards[step, end.env] += args.gamma * last_value
+            advantages, returns = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+            if args.norm_adv and args.norm_adv_per_batch:
+                advantages = normalize(advantages.flatten(), args)
+        batch = Batch(obs[:-1], actions, log_probs, advantages, returns, values[:-1])
+        batch = Batch(*(tensor.reshape(args.batch_size, *tensor.shape[2:]) for tensor in batch))
 
         terms, log_ratios = [], []
         for epoch in range(args.update_epochs):
@@ -637,15 +682,14 @@ def train(args: Args) -> dict:
             order = torch.randperm(args.batch_size)
             if args.minibatch_replacement:
                 order = torch.randint(args.batch_size, (args.batch_size,))
-            minibatches = [tensor[order.view(args.num_minibatches, -1).to(device)] for tensor in batch]
+            order = order.view(args.num_minibatches, -1).to(device)
+            shuffled = Batch(*(tensor[order] for tensor in batch))  # [minibatches, samples, ...]
             # [core-7] Advantages on one scale let one learning rate fit rewards of any scale.
             if args.norm_adv and not args.norm_adv_per_batch:
-                minibatches[3] = normalize(minibatches[3], args)
-            for minibatch in zip(*minibatches):
-                coefficients = (clip_coef, *adam.coefficients(learning_rate, args))
-                if args.compile:  # as tensors, for a number that changes would be compiled anew
-                    coefficients = torch.tensor(coefficients, device=device).unbind()
-                minibatch_terms, log_ratio = improve(agent, adam, minibatch, *coefficients, args)
+                shuffled = shuffled._replace(advantages=normalize(shuffled.advantages, args))
+            for minibatch in map(Batch._make, zip(*shuffled)):
+                step_size, epsilon = adam.coefficients(learning_rate, args)
+                minibatch_terms, log_ratio = improve(agent, adam, minibatch, clip_coef, step_size, epsilon, args)
                 terms.append(minibatch_terms)
                 log_ratios.append(log_ratio)
             # [aux-3] The policy is then far enough from the one that collected the data.
@@ -658,17 +702,14 @@ def train(args: Args) -> dict:
         names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
         losses = dict(zip(names, torch.stack(terms).mean(0).tolist(), strict=True))
         losses |= policy_change(torch.stack(log_ratios), clip_coef)
-        if not all(map(math.isfinite, losses.values())) or not adam.parameters.isfinite().all():
-            run.close()
-            raise FloatingPointError(f"update {run.update + 1} is not finite; {run.path} keeps the last checkpoint")
+        check_finite(losses | {"a parameter": adam.parameters}, run)
         losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
-        run.end_update(rollout, {"charts/learning_rate": learning_rate} | losses)
+        run.end_update(rollout.ends, {"charts/learning_rate": learning_rate} | losses)
+        if SIGNALS:
+            break
 
-    run.save()
     envs.close()
-    run.close()
-    mean_return = float(np.mean(run.returns or [math.nan]))
-    return {"run_dir": str(run.path), "global_step": run.update * args.batch_size, "episodic_return": mean_return}
+    return run.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -680,44 +721,108 @@ class InputError(Exception):
     """Something the user gave cannot work: reported in one line, with exit code 2."""
 
 
+@functools.cache
+def say(text: str) -> None:
+    """Prints a line on stderr, once. A closed terminal or a full disk is no reason to end a training."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks, and without the advice that some libraries append."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300)
+    """An error's kind and message without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def check_args(args: Args) -> None:
     """Raises InputError for the first setting that cannot work."""
-    counts = ["num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_interval", "eval_episodes"]
-    weights = ["seed", "learning_rate", "clip_coef", "ent_coef", "vf_coef", "target_kl", "adam_eps"]
-    limits = dict.fromkeys(counts, (1, 2**31 - 1)) | dict.fromkeys(weights, (0, 2**31))
-    limits |= {"gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # also catches not-a-number
+    limits = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
+    for name, value in vars(args).items():
+        low, high = limits.get(name, (1, 2**31 - 1) if type(value) is int else (0, 2**53))
+        if type(value) in (int, float) and not low <= value <= high:  # also catches not-a-number
             raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     if args.total_timesteps < args.batch_size:
-        raise InputError(f"--total-timesteps {args.total_timesteps} is below one rollout of {args.batch_size} steps")
+        raise InputError(f"--total-timesteps {args.total_timesteps:.0f} is below one rollout, {args.batch_size} steps")
     if args.batch_size % args.num_minibatches:
         raise InputError(f"a rollout of {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples "
                          f"cannot be cut into {args.num_minibatches} equal minibatches")  # fmt: skip
     if args.norm_adv and not args.norm_adv_per_batch and args.batch_size == args.num_minibatches:
         raise InputError("minibatches of one sample cannot be normalized: lower --num-minibatches or use --no-norm-adv")
-    if args.env_backend not in ("gymnasium", "envpool"):
-        raise InputError(f"--env-backend must be gymnasium or envpool, not {args.env_backend}")
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if args.compile and not args.evaluate and not shutil.which(compiler):
+        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there; $CXX can name another one")
     if args.env_backend == "envpool" and args.capture_video:
         raise InputError("EnvPool cannot record videos: add --env-backend gymnasium")
-    if args.compile and not args.evaluate and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise InputError("--compile needs a C++ compiler, for example g++")
+    if args.cuda and not torch.cuda.is_available():
+        say("PyTorch finds no GPU: using the CPU")
+    if args.env_backend == "envpool" and not importlib.util.find_spec("envpool"):
+        say("EnvPool is not installed (it exists for Linux only): using gymnasium")
+
+
+def check_finite(values: dict, run: "Run") -> None:
+    """Raises FloatingPointError for the first of the arrays, tensors or numbers that is not finite, and says where."""
+    for name, value in values.items():
+        if (wrong := ~torch.as_tensor(value).isfinite()).any():
+            where = f" at {wrong.nonzero()[0].tolist()}" if wrong.dim() else ""
+            raise FloatingPointError(f"in update {run.update + 1}, {name} is not finite{where}; the last checkpoint in "
+                                     f"{run.path} is good")  # fmt: skip
+
+
+def compiled(step: Callable, device: torch.device) -> Callable:
+    """gradient_step as one compiled function of forward pass, backward pass and Adam; its first call compiles."""
+    say("compiling the gradient step takes some seconds")
+    torch._dynamo.reset()  # forgets what another train() has compiled
+    torch._dynamo.config.trace_autograd_ops = True
+    # All minibatches have the same shape, so that the checks before each call can be left out.
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
+    compiled_step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+    def call(agent, adam, minibatch, clip_coef, step_size, epsilon, args):
+        # As tensors, for a number that changes would be compiled anew.
+        numbers = torch.tensor((clip_coef, step_size, epsilon)).to(device, non_blocking=True)
+        return compiled_step(agent, adam, minibatch, *numbers.unbind(), args)
+
+    return call
+
+
+@contextlib.contextmanager
+def reported(args: Args):
+    """Turns an error in making environments into one line, if what the user gave may be the reason."""
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|Overwriting existing videos)")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, gym.error.Error | ImportError) or args.env_kwargs != "{}" or args.env_backend == "envpool":
+            given = f"{args.env_id} with --env-kwargs {args.env_kwargs}"
+            raise InputError(f"cannot make {given}: {one_line(error)}") from error
+        raise  # a fault within the environment: its own traceback says most
+
+
+def make_env(env_id: str, args: Args, video_folder: Path | None, **kwargs) -> gym.Env:
+    """Makes a registered environment with kwargs and --env-kwargs; if there is a folder, videos of it go there."""
+    with reported(args):
+        kwargs |= json.loads(args.env_kwargs)
+        if not video_folder:
+            return gym.make(env_id, **kwargs)
+    try:
+        every = (lambda episode: episode < args.eval_episodes) if args.evaluate else None
+        return SafeRecordVideo(gym.make(env_id, render_mode="rgb_array", **kwargs), str(video_folder), every,
+                               name_prefix=f"{time.time():.0f}", video_length=1000)  # fmt: skip
+    except Exception as error:
+        say(f"no videos, {env_id} cannot be recorded: {one_line(error)}")
+        return make_env(env_id, args, None, **kwargs)
 
 
 class SafeRecordVideo(gym.wrappers.RecordVideo):
     """RecordVideo that gives up recording, not training, when the renderer or the encoder fails."""
 
-    def _attempt(self, method) -> None:
+    def _attempt(self, method: Callable) -> None:
         try:
             method()
         except Exception as error:
-            print(f"no more videos, recording failed: {one_line(error)}", file=sys.stderr)
+            say(f"no more videos, recording failed: {one_line(error)}")
             self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
 
     def _capture_frame(self) -> None:
@@ -734,138 +839,152 @@ def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
         state = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # cannot run code
         agent.load_state_dict(state["agent"])
         if adam:
-            adam.moment1.copy_(state["moment1"])
-            adam.moment2.copy_(state["moment2"])
-            adam.steps = state["gradient_steps"]
+            for moment, saved in zip((adam.moment1, adam.moment2), state["moments"], strict=True):
+                moment.copy_(saved.view_as(moment))
+            state["update"], adam.steps, state["metrics_bytes"] = state["counts"].long().abs().tolist()
+            state["returns"], state["seconds"] = state["returns"].double().tolist(), state["seconds"].item()
+            torch.set_rng_state(state["rng"])
         return state
     except Exception as error:  # a broken file makes torch.load raise anything
-        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {type(error).__name__}, {one_line(error)}") from error
+        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {one_line(error)}") from error
 
 
 class Run:
-    """What a run has besides the algorithm: its directory, metrics, checkpoints, progress bar and signals."""
+    """What a run has besides the algorithm: its directory, metrics, checkpoints and progress bar."""
 
     def __init__(self, args: Args, agent: Agent, adam: Adam):
-        """Creates the run directory or, with --resume, restores agent, adam and metrics from its last checkpoint."""
-        self.args, self.agent, self.adam, self.wandb, self.stopped_by = args, agent, adam, None, None
-        self.update, self.seconds, self.returns, metrics_bytes = 0, 0.0, deque(maxlen=100), 0
-        name, now = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
-        while (Path(args.runs_dir) / f"{name}__{now}").exists():  # two runs in one second
-            now += 1
-        self.path = Path(args.resume or Path(args.runs_dir) / f"{name}__{now}")
-        if args.resume:
-            state = restore(self.path, agent, adam)
-            self.update, self.seconds, metrics_bytes = state["update"], state["seconds"], state["metrics_bytes"]
-            self.returns.extend(state["returns"])
-            torch.set_rng_state(state["rng"])
+        """Creates the run directory or, with --resume, restores agent, Adam and metrics from its last checkpoint."""
+        self.args, self.agent, self.adam, self.wandb, self.bar = args, agent, adam, None, None
+        self.update, self.seconds, self.returns, metrics_bytes = 0, 0.0, [], 0
         try:
+            name, now = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+            while not args.resume and Path(args.runs_dir, f"{name}__{now}").exists():  # two runs in one second
+                now += 1
+            self.path = Path(args.resume or Path(args.runs_dir, f"{name}__{now}")).resolve()
             self.path.mkdir(parents=True, exist_ok=bool(args.resume))
+            if any(entry.is_symlink() for entry in self.path.iterdir()):
+                raise InputError(f"{self.path} has symbolic links, which might lead out of it")
             self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: no kill can tear a line
-            # What came after the checkpoint is going to be done again.
-            self.metrics.seek(self.metrics.truncate(min(metrics_bytes, self.metrics.tell())))
-            if args.track:
-                self.start_tracking()
-            self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path} is still running: another process writes to it") from None
         except OSError as error:
             raise InputError(f"cannot write the run directory: {error}") from error
-        self.first_step, self.start, terminal = self.update * args.batch_size, time.time(), sys.stderr.isatty()
-        line = None if terminal else "{desc}: {n_fmt} of {total_fmt} steps, {rate_fmt}{postfix}, {remaining} left\n"
-        self.bar = tqdm(total=args.num_updates * args.batch_size, initial=self.first_step, desc=args.env_id,
-                        unit=" steps", bar_format=line, mininterval=0.1 if terminal else 10)  # fmt: skip
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        if args.resume:
+            state = restore(self.path, agent, adam)
+            self.update, self.returns, self.seconds = state["update"], state["returns"], state["seconds"]
+            metrics_bytes = state["metrics_bytes"]
+        # What came after the checkpoint is going to be done again.
+        self.metrics.seek(self.metrics.truncate(min(metrics_bytes, self.metrics.tell())))
+        if args.track:
+            self.start_tracking()
+        self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+        self.start = time.time()
+        self.measured_from = self.global_step, self.start
+        self.save()
 
     def start_tracking(self) -> None:
         """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
         try:
             import wandb
 
-            name = self.path.resolve().name
-            self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity, dir=self.path,
-                                    name=name, id=name, resume="allow", config=asdict(self.args))  # fmt: skip
+            name, args = self.path.name, self.args
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.path, name=name,
+                                    id=name, resume="allow", config=asdict(args))  # fmt: skip
+            self.wandb.define_metric("*", step_metric="global_step")
         except Exception as error:
             if not self.args.resume:
                 shutil.rmtree(self.path)
                 with contextlib.suppress(OSError):
                     self.path.parent.rmdir()  # if it is empty
             raise InputError(f"--track: {one_line(error)}") from error
-        self.wandb.define_metric("*", step_metric="global_step")
+
+    @property
+    def global_step(self) -> int:
+        """Steps of all environments so far."""
+        return self.update * self.args.batch_size
 
     def write(self, name: str, contents: bytes) -> None:
         """Replaces a file of the run at once: if a kill or a full disk cuts the writing short, the old file stays."""
-        (self.path / f"{name}.tmp").write_bytes(contents)
+        with open(self.path / f"{name}.tmp", "wb") as file:
+            file.write(contents)
         os.replace(self.path / f"{name}.tmp", self.path / name)
 
-    def stop(self, number: int, frame) -> None:
-        """Handles a signal: training ends after this update. Ctrl-C after that kills."""
-        self.stopped_by = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def save(self) -> None:
+        """Writes checkpoint.pt: tensors only, so that loading it cannot run code."""
+        contents, counts = io.BytesIO(), [self.update, self.adam.steps, self.metrics.tell()]
+        torch.save({
+            "agent": self.agent.state_dict(), "moments": torch.stack([self.adam.moment1, self.adam.moment2]),
+            "counts": torch.tensor(counts), "returns": torch.tensor(self.returns, dtype=torch.float64),
+            "seconds": torch.tensor(self.seconds + time.time() - self.start), "rng": torch.get_rng_state(),
+        }, contents)  # fmt: skip
+        self.write("checkpoint.pt", contents.getvalue())
 
     def log(self, global_step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""
         row = {"global_step": global_step, "wall_time": round(self.seconds + time.time() - self.start, 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write((json.dumps(row) + "\n").encode())
+        line = (json.dumps(row) + "\n").encode()
+        if self.metrics.write(line) < len(line):
+            raise OSError(f"no space left for {self.path / 'metrics.jsonl'}")
         if self.wandb:
             self.wandb.log(row)
 
-    def end_update(self, rollout: Rollout, values: dict[str, float]) -> None:
+    def end_update(self, ends: list[tuple[int, EpisodeEnd]], values: dict[str, float]) -> None:
         """Logs an update and the episodes that ended in it, shows progress, and saves a checkpoint when it is time."""
-        for step, episodic_return, length in rollout.episodes:
-            self.returns.append(episodic_return)
-            global_step = self.update * self.args.batch_size + (step + 1) * self.args.num_envs
-            self.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        for step, end in ends:
+            self.returns = [*self.returns[-99:], float(end.episodic_return)]
+            row = {"charts/episodic_return": self.returns[-1], "charts/episodic_length": int(end.length)}
+            self.log(self.global_step + (step + 1) * self.args.num_envs, row)
         self.update += 1
-        global_step = self.update * self.args.batch_size
-        values["charts/SPS"] = int((global_step - self.first_step) / (time.time() - self.start))
-        self.log(global_step, values)
-        self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
-        self.bar.update(self.args.batch_size)
+        step, now = self.measured_from
+        values["charts/SPS"] = int((self.global_step - step) / (time.time() - now))
+        self.log(self.global_step, values)
+        with contextlib.suppress(Exception):  # as in say()
+            if not self.bar:  # speed is measured from the second update on, for the first one may have compiled
+                self.measured_from = self.global_step, time.time()
+                line, every = "{desc}: {n_fmt} of {total_fmt} steps, {rate_fmt}{postfix}, {remaining} left\n", 10
+                line, every = (None, 0.1) if sys.stderr.isatty() else (line, every)
+                self.bar = tqdm(total=self.args.num_updates * self.args.batch_size, initial=self.global_step,
+                                desc=self.args.env_id, unit=" steps", bar_format=line, mininterval=every)  # fmt: skip
+            self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
+            self.bar.update(self.global_step - self.bar.n)
         if self.update % self.args.checkpoint_interval == 0:
             self.save()
 
-    def save(self) -> None:
-        """Writes checkpoint.pt: tensors and numbers only, so that loading it cannot run code."""
-        contents = io.BytesIO()
-        torch.save({
-            "agent": self.agent.state_dict(), "moment1": self.adam.moment1, "moment2": self.adam.moment2,
-            "gradient_steps": self.adam.steps, "update": self.update, "rng": torch.get_rng_state(),
-            "returns": list(self.returns), "metrics_bytes": self.metrics.tell(),
-            "seconds": self.seconds + time.time() - self.start,
-        }, contents)  # fmt: skip
-        self.write("checkpoint.pt", contents.getvalue())
-
-    def close(self) -> None:
-        """Ends the progress bar, the handling of signals and the tracking, which then gets the videos too."""
-        self.bar.close()
+    def close(self) -> dict:
+        """Saves, ends progress bar and tracking, which gets the videos too; returns what train() does."""
+        self.save()
         self.metrics.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        with contextlib.suppress(Exception):
+            self.bar.close()
         if self.wandb:
-            self.wandb.save(str(self.path / "videos/*.mp4"), base_path=self.path)
+            for video in sorted((self.path / "videos").glob("*.mp4")):
+                self.wandb.log({f"videos/{video.stem}": sys.modules["wandb"].Video(str(video))})
             self.wandb.finish()
+        mean_return = float(np.mean(self.returns or [math.nan]))
+        return {"run_dir": str(self.path), "global_step": self.global_step, "episodic_return": mean_return}
 
 
 def evaluate(args: Args) -> list[float]:
     """Plays eval_episodes episodes with a trained agent, prints and returns their returns."""
     check_args(args)
-    path = Path(args.evaluate)
-    videos = path / "videos" if args.capture_video else None
-    envs = make_envs(replace(args, num_envs=1), videos, lambda episode: episode < args.eval_episodes)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    args = replace(args, num_envs=1, num_steps=100)
+    path, returns = Path(args.evaluate).resolve(), []
+    envs = make_envs(args, path / "videos" if args.capture_video else None)
+    agent = Agent(envs.observation_space, envs.action_space, args).eval()
     restore(path, agent)
     torch.manual_seed(args.seed)
-    obs, _ = envs.reset(seed=args.seed)
-    policy, returns = agent.actor.as_numpy(), []
+    next_obs = normalize_obs(envs.reset(args.seed), agent.obs_stats, args, update=False)
     while len(returns) < args.eval_episodes:
-        obs = normalize_obs(obs, agent.obs_stats, args, update=False)
-        mean, log_std = policy(obs.astype(np.float32))
-        noise = 0 if args.eval_deterministic else torch.randn(mean.shape).numpy()
-        actions = environment_actions(mean + np.exp(log_std) * noise, envs.single_action_space, args)
-        obs, _, _, _, infos = envs.step(actions)
-        if "final_info" in infos:
-            returns.append(float(infos["final_info"]["episode"]["r"][0]))
+        rollout = collect_rollout(agent, envs, next_obs, args, greedy=args.eval_deterministic)
+        next_obs = rollout.obs[-1]
+        for _, end in rollout.ends[: args.eval_episodes - len(returns)]:
+            returns.append(float(end.episodic_return))
+            say(f"episode {len(returns)} of {args.eval_episodes}: return {returns[-1]:.1f} after {end.length} steps")
     envs.close()
     print(f"{args.env_id}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
     return returns
@@ -873,57 +992,71 @@ def evaluate(args: Args) -> list[float]:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line; with --resume or --evaluate the defaults are that run's settings."""
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, value in zip(argv, argv[1:]):
+        if value.lower() in ("true", "false") and isinstance(getattr(Args, flag[2:].replace("-", "_"), None), bool):
+            raise InputError(f"{flag} takes no value: it is {flag} or --no-{flag[2:]}")
+    # The parts of Args, as one object with a field for each, are what --help shows as groups.
+    parts = zip(("algorithm", "environment", "run"), Args.__bases__)
+    Groups = make_dataclass("Groups", parts, namespace={"__doc__": Args.__doc__})
 
     def parse(default: Args) -> Args:
-        box = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(box):
-                return tyro.cli(Args, args=argv, default=default)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            # tyro draws a box: what is wrong, a ruler, and then the flags that may have been meant.
-            lines = "\n".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
-            problem, _, rest = lines.partition("───")
-            similar = " or ".join(line.split()[0] for line in rest.splitlines() if line.startswith("--"))
-            raise InputError(" ".join(problem.split()) + (f" (see {similar})" if similar else "")) from None
+        groups = Groups(*(part(**{f.name: getattr(default, f.name) for f in fields(part)}) for part in Args.__bases__))
+        groups = tyro.cli(Groups, args=argv, default=groups, config=(tyro.conf.OmitArgPrefixes,))
+        return Args(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
 
     args = parse(Args())
-    if args.resume and args.evaluate:
-        raise InputError("--resume and --evaluate exclude each other")
-    if run_dir := args.resume or args.evaluate:
-        try:
-            saved = Args(**json.loads((Path(run_dir) / "config.json").read_text()))
-            for field in fields(Args):
-                value, kind = getattr(saved, field.name), field.type
-                if not isinstance(value, kind | int if "float" in str(kind) else kind):
-                    raise TypeError(f"{field.name} is {value!r}")
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {error}") from error
-        args = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
-        if args.resume and args.batch_size != saved.batch_size:
-            raise InputError("--num-envs x --num-steps cannot change with --resume: updates would not match steps")
-    return args
+    if args.resume is None and args.evaluate is None:
+        return args
+    if not (run_dir := args.resume or args.evaluate) or (args.resume and args.evaluate):
+        raise InputError("--resume or --evaluate, not both, needs a run directory")
+    try:
+        saved = json.loads((Path(run_dir) / "config.json").read_text())
+        for name, kind in typing.get_type_hints(Args).items():
+            value, kinds = saved[name], typing.get_args(kind) or (kind,)
+            if value not in kinds and type(value) not in kinds and not (type(value) is int and float in kinds):
+                raise ValueError(f"{name} is {value!r}")
+        saved = Args(**saved)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {one_line(error)}") from error
+    resumed = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
+    if ":" in resumed.env_id and args.env_id != resumed.env_id:  # the directory may be somebody else's
+        raise InputError(f"to let {run_dir} import a module, repeat its --env-id {resumed.env_id}")
+    if args.resume and resumed.batch_size != saved.batch_size:
+        raise InputError("--num-envs x --num-steps cannot change with --resume: updates would not match steps")
+    return resumed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, also after a signal; 2 for bad input; 1 for other failures."""
     sys.path.append(os.getcwd())  # where --env-id my_module:MyEnv may find my_module.py
+    SIGNALS.clear()
     try:
         args = parse_args(argv)
         if args.evaluate:
             evaluate(args)
-        else:
-            result = train(args)
-            print("{run_dir}: {global_step} steps, mean return {episodic_return:.1f}".format(**result))
-            if result["global_step"] < args.num_updates * args.batch_size:
-                print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
+            return 0
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
+                signal.signal(number, on_signal)
+        result = train(args)
+        print("{run_dir}: {global_step} steps, mean return {episodic_return:.1f}".format(**result))
+        if result["global_step"] < args.num_updates * args.batch_size:
+            print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
         return 0
-    except KeyboardInterrupt:
-        return 130
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+    except (InputError, FloatingPointError, OSError, torch._dynamo.exc.TorchDynamoException) as error:
+        # Those of the environment's own lines keep their traceback.
+        own = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+        if not own and isinstance(error, FloatingPointError | OSError):
+            raise
+        say(f"{SCRIPT}.py: error: {error if own else one_line(error)}")
         return 2 if isinstance(error, InputError) else 1
+
+
+def on_signal(number: int, frame) -> None:
+    """Lets the training end after the present update. A second Ctrl-C kills it."""
+    SIGNALS.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -575,7 +575,7 @@ def test_resume_cannot_change_the_size_of_a_rollout(run_copy, capfd):
 def test_run_directory_of_another_script(capfd):
     path = ppo.train(ppo.Args(num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16))["run_dir"]
     for flag in ("--resume", "--evaluate"):
-        assert "there is no Atari game CartPole-v1" in refusal([flag, path], capfd, ppo_atari)
+        assert "is not a run directory of ppo_atari.py" in refusal([flag, path], capfd, ppo_atari)
 
 
 @pytest.mark.parametrize("words", ["--env-id Breakot", f"{GYM} --resume run"])

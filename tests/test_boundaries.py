@@ -45,8 +45,8 @@ def play(num_envs=3, num_steps=20):
     """Two rollouts in a row, and the environments."""
     args = ppo.Args(env_id="test/Clock-v0", num_envs=num_envs, num_steps=num_steps)
     envs = ppo.make_envs(args)
-    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
-    obs, _ = envs.reset(seed=1)
+    agent = ppo.Agent(envs.observation_space, envs.action_space, args)
+    obs = envs.reset(seed=1)
     first = ppo.collect_rollout(agent, envs, obs, args)
     second = ppo.collect_rollout(agent, envs, first.obs[-1], args)
     return first, second, envs
@@ -77,28 +77,24 @@ def test_episode_statistics_cover_whole_episodes():
     """Also those that began in an earlier rollout."""
     first, second, _ = play(num_envs=2, num_steps=7)
     for rollout in (first, second):
-        assert len(rollout.episodes) == rollout.dones.sum()
-        for step, episodic_return, length in rollout.episodes:
-            assert rollout.dones[step].any()
-            candidates = [env for env in range(2) if rollout.dones[step, env]]
-            expected = []
-            for env in candidates:
-                episode = int(rollout.obs[step, env][1])
-                size = (episode + env) % 3 + 1
-                expected.append((sum(100 * episode + time for time in range(1, size + 1)), size))
-            assert (episodic_return, length) in expected
+        assert len(rollout.ends) == rollout.dones.sum()
+        for step, end in rollout.ends:
+            assert rollout.dones[step, end.env]
+            episode = int(rollout.obs[step, end.env][1])
+            size = (episode + end.env) % 3 + 1
+            expected = (sum(100 * episode + time for time in range(1, size + 1)), size)
+            assert (end.episodic_return, end.length) == expected
 
 
 def test_truncated_episodes_give_their_last_observation():
     rollout = play()[0]
     seen = set()
-    for step, env, last_obs in rollout.truncated:
-        number, episode, time = rollout.obs[step, env]
-        assert rollout.dones[step, env] and episode % 2 == 1
-        np.testing.assert_array_equal(last_obs, [number, episode, time + 1])
-        seen.add((step, env))
-    odd = (rollout.obs[:-1, :, 1] % 2 == 1) & rollout.dones
-    assert seen == set(zip(*np.nonzero(odd))) and seen
+    for step, end in rollout.ends:
+        number, episode, time = rollout.obs[step, end.env]
+        assert rollout.dones[step, end.env] and end.truncated == (episode % 2 == 1)
+        np.testing.assert_array_equal(end.last_obs, [number, episode, time + 1])
+        seen.add((step, end.env))
+    assert seen == set(zip(*np.nonzero(rollout.dones))) and seen
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
@@ -110,9 +106,10 @@ def test_bootstrap_truncated_adds_the_value_of_the_last_observation(monkeypatch,
         rollout = collect_rollout(agent, *rest)
         expected = rollout.rewards.copy()
         if bootstrap:
-            for step, env, last_obs in rollout.truncated:
-                expected[step, env] += 0.9 * agent.critic(torch.from_numpy(last_obs)).item()
-            assert rollout.truncated and not np.array_equal(expected, rollout.rewards)
+            for step, end in rollout.ends:
+                if end.truncated:
+                    expected[step, end.env] += 0.9 * agent.critic(torch.from_numpy(end.last_obs)).item()
+            assert not np.array_equal(expected, rollout.rewards)
         seen.append(expected)
         return rollout
 
@@ -132,6 +129,6 @@ def test_environments_are_seeded_apart():
     starts = {}
     for seed in (10, 11):
         envs = ppo.make_envs(ppo.Args(num_envs=3))
-        starts[seed] = envs.reset(seed=seed)[0].copy()
+        starts[seed] = envs.reset(seed=seed).copy()
     np.testing.assert_array_equal(starts[10][1:], starts[11][:2])
     assert not np.array_equal(starts[10][0], starts[10][1])

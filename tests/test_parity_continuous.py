@@ -38,12 +38,12 @@ class Setup:
         self.adam = ppo.Adam(self.agent)
         self.adam.parameters.copy_(official_vector(self.data, "vars0"))
 
-    def minibatch(self, update: int) -> list[torch.Tensor]:
+    def minibatch(self, update: int) -> ppo.Batch:
         """Inputs of gradient_step for update 0..4, advantages normalized by the script."""
         keys = ("obs", "actions", "returns", "values", "neglogpacs")
         rows = {key: torch.from_numpy(self.data[key][update]) for key in keys}
         advantages = ppo.normalize(rows["returns"] - rows["values"], self.args)
-        return [rows["obs"], rows["actions"], -rows["neglogpacs"], advantages, rows["returns"], rows["values"]]
+        return ppo.Batch(rows["obs"], rows["actions"], -rows["neglogpacs"], advantages, rows["returns"], rows["values"])
 
     def step(self, update: int):
         """One official `Model.train` call: returns the loss terms and the log-ratios before it."""
@@ -55,21 +55,20 @@ class Setup:
 def test_forward_pass(load_fixture):
     """Means, values, log-densities and entropies of the official network, in PyTorch and in NumPy."""
     setup = Setup(load_fixture)
-    data, (obs, actions, *_) = setup.data, setup.minibatch(0)
-    policy, values = setup.agent.actor(obs), setup.agent.critic(obs).squeeze(-1)
-    neglogp = -ppo.log_probabilities(policy, actions)
-    for ours, key in ((policy[0], "out_pi"), (values, "out_vf"), (neglogp, "out_neglogp")):
+    data, minibatch = setup.data, setup.minibatch(0)
+    mean, log_std, values = setup.agent(minibatch.obs)
+    neglogp = -ppo.log_probabilities(mean, log_std, minibatch.actions)[0]
+    for ours, key in ((mean, "out_pi"), (values, "out_vf"), (neglogp, "out_neglogp")):
         torch.testing.assert_close(ours, torch.from_numpy(data[key][0]), rtol=1e-5, atol=2e-6)
-    mean, log_std = setup.agent.actor.as_numpy()(data["obs"][0])
-    np.testing.assert_allclose(mean, data["out_pi"][0], rtol=1e-5, atol=2e-6)
-    np.testing.assert_array_equal(log_std, data["vars0/pi/logstd"][0])
+    np.testing.assert_allclose(ppo.as_numpy(setup.agent.actor)(data["obs"][0]), data["out_pi"][0], rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(log_std.detach(), data["vars0/pi/logstd"][0])
 
 
 def test_normalized_advantages(load_fixture):
     setup = Setup(load_fixture)
     for update in range(5):
         official = torch.from_numpy(setup.data["advs_normalized"][update])
-        torch.testing.assert_close(setup.minibatch(update)[3], official, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(setup.minibatch(update).advantages, official, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_gradients_and_parameters_over_five_updates(load_fixture):
@@ -78,15 +77,15 @@ def test_statistics_gradients_and_parameters_over_five_updates(load_fixture):
     data, args = setup.data, setup.args
     assert (data["grad_norm"] > args.max_grad_norm).any() and (data["grad_norm"] < args.max_grad_norm).any()
     for update in range(5):
-        obs, *others = setup.minibatch(update)
-        clip_coef = float(data["cliprange"][update])
-        policy, values = setup.agent.actor(obs), setup.agent.critic(obs).squeeze(-1)
-        loss, _, _ = ppo.ppo_loss(policy, values, *others, clip_coef, args)
+        minibatch, clip_coef = setup.minibatch(update), float(data["cliprange"][update])
+        mean, log_std, values = setup.agent(minibatch.obs)
+        log_probs, entropy = ppo.log_probabilities(mean, log_std, minibatch.actions)
+        loss, _, _ = ppo.ppo_loss(log_probs, entropy, values, minibatch, clip_coef, args)
         assert loss.item() == pytest.approx(float(data["loss"][update]), rel=1e-5, abs=1e-6)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, setup.adam.tensors)])
         expected = official_vector(data, f"grads{update + 1}")
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
-        assert gradient.norm().item() == pytest.approx(float(data["grad_norm"][update]), rel=1e-5)
+        assert gradient.square().sum().sqrt().item() == pytest.approx(float(data["grad_norm"][update]), rel=1e-5)
 
         terms, log_ratio = setup.step(update)
         change = ppo.policy_change(log_ratio, clip_coef)
@@ -121,7 +120,7 @@ def test_running_statistics(load_fixture, case):
     args = ppo.Args(gamma=float(recorded["gamma"]))
     obs_stats, return_stats = ppo.RunningMeanStd(recorded["raw_obs"].shape[2:]), ppo.RunningMeanStd(())
     for raw, official in zip(recorded["raw_obs"], recorded["obs"], strict=True):
-        np.testing.assert_allclose(ppo.normalize_obs(raw, obs_stats, args), official, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(ppo.normalize_obs(raw, obs_stats, args, update=True), official, rtol=1e-6, atol=1e-9)
     for name in ("mean", "var", "count"):
         np.testing.assert_allclose(getattr(obs_stats, name), recorded[f"ob_{name}"], rtol=1e-9)
 

@@ -125,6 +125,8 @@ gym.register("test/Echo-v0", EchoEnv)
 def in_empty_folder(tmp_path, monkeypatch):
     """Every test works in a folder of its own, and leaves the handling of signals as it was."""
     monkeypatch.chdir(tmp_path)
+    for script in (ppo, ppo_continuous):
+        script.say.cache_clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -171,8 +173,12 @@ def update_steps(path: Path) -> list[int]:
 
 
 def checkpoint(path: Path) -> dict:
-    """What checkpoint.pt holds."""
-    return torch.load(path / "checkpoint.pt", weights_only=True)
+    """What checkpoint.pt holds, its counters and moments by name."""
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    if "counts" in state:  # ppo_atari.py and ppo_lstm.py have them by name
+        state["update"], state["gradient_steps"], state["metrics_bytes"] = state["counts"].tolist()
+        state["moment1"], state["moment2"] = state["moments"]
+    return state
 
 
 def tensors(state: dict) -> dict[str, torch.Tensor]:
@@ -200,7 +206,8 @@ def files(path: Path) -> dict[str, bytes]:
 
 def problems(stderr: str) -> list[str]:
     """The lines on stderr that do not show progress."""
-    return [line for line in stderr.splitlines() if line.strip() and not re.match(r"\s*\S+: \d+ of \d+ steps, ", line)]
+    progress = r"\s*\S+: \d+ of \d+ steps, |episode \d+ of \d+: return "
+    return [line for line in stderr.splitlines() if line.strip() and not re.match(progress, line)]
 
 
 def without_clock(path: Path) -> list[str]:
@@ -217,7 +224,7 @@ def test_files_of_a_run(capsys):
     assert files(path).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
     assert json.loads((path / "config.json").read_text()) == asdict(args)
     output = capsys.readouterr()
-    assert re.fullmatch(rf"runs/{path.name}: 320 steps, mean return \d+\.\d\n", output.out)
+    assert re.fullmatch(rf"{path.resolve()}: 320 steps, mean return \d+\.\d\n", output.out)
     assert problems(output.err) == []
     returns = [row["charts/episodic_return"] for row in metrics(path) if "charts/episodic_return" in row]
     assert f"mean return {np.mean(returns):.1f}" in output.out
@@ -471,7 +478,7 @@ def test_resume_restores_everything(script, monkeypatch):
     assert torch.equal(adam.moment1, state["moment1"])
     assert torch.equal(adam.moment2, state["moment2"])
     assert adam.moment1.abs().sum() > 0
-    assert (adam.steps, run.update, run.first_step) == (7 * 4, 7, 7 * BATCH)
+    assert (adam.steps, run.update, run.global_step) == (7 * 4, 7, 7 * BATCH)
     returns = [row["charts/episodic_return"] for row in metrics(path) if "charts/episodic_return" in row]
     assert list(run.returns) == returns[-100:]
     assert run.seconds > 0
@@ -492,8 +499,8 @@ def test_signals(script, number):
     assert checkpoint(path)["update"] == stopped_at
     assert checkpoint(path)["metrics_bytes"] == (path / "metrics.jsonl").stat().st_size
     lines = out.splitlines()
-    assert lines[0].startswith(f"{path}: {stopped_at * BATCH} steps, mean return ")
-    assert lines[1:] == [f"stopped by a signal; go on with: python {script.SCRIPT}.py --resume {path}"]
+    assert lines[0].startswith(f"{path.resolve()}: {stopped_at * BATCH} steps, mean return ")
+    assert lines[1:] == [f"stopped by a signal; go on with: python {script.SCRIPT}.py --resume {path.resolve()}"]
     more = str((stopped_at + 2) * BATCH)
     assert script.main(["--resume", str(path), "--total-timesteps", more]) == 0
     assert update_steps(path) == list(range(1, stopped_at + 3))
@@ -509,7 +516,8 @@ def test_signal_between_two_updates(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(ppo.Run, "end_update", end_update)
-    path = train(small(9, checkpoint_interval=5))
+    assert ppo.main(flags(small(9, checkpoint_interval=5))) == 0
+    (path,) = Path("runs").iterdir()
     assert update_steps(path) == [1, 2, 3]
     assert checkpoint(path)["update"] == 3
 
@@ -522,10 +530,11 @@ def test_only_ctrl_c_kills_after_a_signal(monkeypatch):
         original(run, rollout, values)
         for _ in range(3 if run.update == 2 else 0):
             os.kill(os.getpid(), signal.SIGTERM)
-            handlers.append((signal.getsignal(signal.SIGTERM) == run.stop, signal.getsignal(signal.SIGINT)))
+            handlers.append((signal.getsignal(signal.SIGTERM) == ppo.on_signal, signal.getsignal(signal.SIGINT)))
 
     monkeypatch.setattr(ppo.Run, "end_update", end_update)
-    path = train(small(9, checkpoint_interval=5))
+    assert ppo.main(flags(small(9, checkpoint_interval=5))) == 0
+    (path,) = Path("runs").iterdir()
     assert checkpoint(path)["update"] == 2
     assert handlers == [(True, signal.SIG_DFL)] * 3
 
@@ -562,35 +571,74 @@ def test_lost_metrics(kept):
 
 def test_full_disk(monkeypatch, capsys):
     """The checkpoint from before stays whole; with space again the run goes on."""
-    original, written = Path.write_bytes, []
+    written = []
 
-    def write_bytes(path, contents):
-        if path.name.startswith("checkpoint.pt"):
-            written.append(path.name)
-            if len(written) > 2:  # the third is cut short
-                original(path, contents[: len(contents) // 2])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return original(path, contents)
+    class Disk:
+        """Files whose third checkpoint is cut short."""
+
+        def __init__(self, path, *mode, **more):
+            self.file = open(path, *mode, **more)
+            self.is_checkpoint = Path(path).name == "checkpoint.pt.tmp"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, contents):
+            """Writes all, or half of it."""
+            written.append(self.is_checkpoint)
+            if self.is_checkpoint and sum(written) == 3:
+                self.file.write(contents[: len(contents) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+            return self.file.write(contents)
+
+    def failing_write(run, name, contents, write=ppo.Run.write):
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "open", Disk, raising=False)
+            write(run, name, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", write_bytes)
-        assert ppo.main(flags(small(12, checkpoint_interval=4))) == 1
-    assert written == ["checkpoint.pt.tmp"] * 3
-    (line,) = problems(capsys.readouterr().err)
-    assert line.startswith("ppo.py: error: ")
-    assert "No space left on device" in line
+        patch.setattr(ppo.Run, "write", failing_write)
+        with pytest.raises(OSError, match="No space left on device"):
+            ppo.train(small(12, checkpoint_interval=4))
     (path,) = Path("runs").iterdir()
     assert checkpoint(path)["update"] == 4
     assert ppo.main(["--resume", str(path)]) == 0
     assert update_steps(path) == list(range(1, 13))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX's")
+@pytest.mark.parametrize("script", [ppo, ppo_continuous])
+def test_full_disk_in_a_process(script):
+    """The write that does not fit ends the run with code 1 and one line; the checkpoint can be used."""
+    code = f"""
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+sys.argv = {["x", *flags(small(5000, script, checkpoint_interval=5))]!r}
+runpy.run_path({script.__file__!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    (line,) = problems(done.stderr)
+    assert line.startswith(f"{script.SCRIPT}.py: error: ")
+    (path,) = Path("runs").iterdir()
+    saved = checkpoint(path)["update"]
+    assert saved > 5 and script.main(["--resume", str(path), "--total-timesteps", str((saved + 2) * BATCH)]) == 0
+    assert update_steps(path) == list(range(1, saved + 3))
+
+
 def trained_to_prefer_the_left() -> Path:
     """A run whose agent pushes the cart to the left in 55 of 100 cases, whatever it sees."""
     path = train(small(2))
     state = checkpoint(path)
-    state["agent"]["actor.layers.2.weight"].zero_()
-    state["agent"]["actor.layers.2.bias"].copy_(torch.tensor([0.2, 0.0]))
+    state["agent"]["actor.4.weight"].zero_()
+    state["agent"]["actor.4.bias"].copy_(torch.tensor([0.2, 0.0]))
     torch.save(state, path / "checkpoint.pt")
     return path
 
@@ -604,7 +652,7 @@ def test_evaluate(capsys):
     for name, extra in (("first", []), ("again", []), ("other seed", ["--seed", "7"]), ("best", best)):
         assert ppo.main(["--evaluate", str(path), "--eval-episodes", "20", *extra]) == 0
         output = capsys.readouterr()
-        assert output.err == ""
+        assert problems(output.err) == []
         said[name] = re.fullmatch(r"CartPole-v1: return (\d+\.\d) \+- (\d+\.\d) over 20 episodes\n", output.out)
         assert said[name]
     assert said["first"][0] == said["again"][0] != said["other seed"][0]
@@ -625,7 +673,7 @@ def policy_of(state: dict, obs: np.ndarray) -> np.ndarray:
     """Means that the actor of a saved agent gives for normalized observations, computed here."""
     x = obs.astype(np.float64)
     for layer in range(3):
-        weight, bias = (state[f"actor.network.layers.{layer}.{name}"].double().numpy() for name in ("weight", "bias"))
+        weight, bias = (state[f"actor.{2 * layer}.{name}"].double().numpy() for name in ("weight", "bias"))
         x = x @ weight.T + bias
         x = np.tanh(x) if layer < 2 else x
     return x
@@ -636,7 +684,7 @@ def test_evaluate_uses_the_statistics_of_the_training(norm_obs, capsys):
     """Played with the saved mean and variance, which the played episodes do not change; without noise if asked for."""
     path = train(small(5, ppo_continuous, env_id="test/Echo-v0", norm_obs=norm_obs))
     state = checkpoint(path)
-    state["agent"]["actor.network.layers.2.weight"] *= 30  # actions that differ from one observation to the next
+    state["agent"]["actor.4.weight"] *= 30  # actions that differ from one observation to the next
     torch.save(state, path / "checkpoint.pt")
     stats = {name: tensor.numpy() for name, tensor in state["agent"]["_extra_state"]["obs"].items()}
     assert (stats["count"] > 5 * BATCH) == norm_obs
@@ -654,7 +702,7 @@ def test_evaluate_uses_the_statistics_of_the_training(norm_obs, capsys):
         flags = ["--evaluate", str(path), "--eval-episodes", "20", "--seed", seed]
         assert ppo_continuous.main(flags) == 0
         output = capsys.readouterr()
-        assert output.err == ""
+        assert problems(output.err) == []
         said.add(output.out.splitlines()[-1])
     assert len(said) == 2  # the same seed, the same noise
     for line in said:
@@ -722,7 +770,7 @@ def test_videos_of_the_evaluation(script, episodes, capsys):
 def test_failing_renderer(capsys):
     assert ppo.main(flags(small(4, env_id="test/BrokenRenderer-v0", capture_video=True))) == 0
     (line,) = problems(capsys.readouterr().err)
-    assert "recording failed: the graphics card is on fire" in line
+    assert "recording failed: RuntimeError: the graphics card is on fire" in line
     (path,) = Path("runs").iterdir()
     assert update_steps(path) == [1, 2, 3, 4]
 
@@ -743,7 +791,7 @@ def test_failing_encoder(capsys, monkeypatch):
     monkeypatch.setattr(ImageSequenceClip, "write_videofile", write_videofile)
     assert ppo.main(flags(small(4, capture_video=True))) == 0
     (line,) = problems(capsys.readouterr().err)
-    assert "recording failed: encoder not found, see the manual" in line
+    assert "recording failed: OSError: encoder not found, see the manual" in line
     (path,) = Path("runs").iterdir()
     assert update_steps(path) == [1, 2, 3, 4]
 
@@ -812,8 +860,8 @@ def test_actions_that_do_not_start_at_0(env_kwargs, capsys):
     path = train(small(3, env_id="test/Picky-v0", env_kwargs=env_kwargs))
     assert PickyEnv.taken == {5, 6, 7}
     state = checkpoint(path)["agent"]
-    assert state["actor.layers.2.bias"].shape == (3,)
-    assert state["actor.layers.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
+    assert state["actor.4.bias"].shape == (3,)
+    assert state["actor.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
     PickyEnv.taken.clear()
     capsys.readouterr()
     assert ppo.main(["--evaluate", str(path)]) == 0
@@ -837,18 +885,18 @@ def test_actions_of_any_shape(flag, env_kwargs, capsys):
     spread = (taken - space.low).std(0) / (space.high - space.low).ravel().reshape(2, 2)
     assert (spread > 0.1).all() if flag == "--squash-action" else spread[0, 0] > 0.1
     state = checkpoint(path)["agent"]
-    assert state["actor.log_std"].shape == (4,)
-    assert state["actor.network.layers.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
+    assert state["log_std"].shape == (4,)
+    assert state["actor.0.weight"].shape == (64, 6 if "images" in env_kwargs else 4)
     PickyBoxEnv.taken.clear()
     capsys.readouterr()
     assert ppo_continuous.main(["--evaluate", str(path)]) == 0
-    assert len(PickyBoxEnv.taken) == 10 * 8
+    assert len(PickyBoxEnv.taken) == 100  # ten episodes of eight steps; playing goes on to the end of a rollout
     assert capsys.readouterr().out == "test/PickyBox-v0: return 8000.0 +- 0.0 over 10 episodes\n"
 
 
 def test_frozen_lake():
     path = train(small(3, env_id="FrozenLake-v1", env_kwargs='{"is_slippery": false}'))
-    assert checkpoint(path)["agent"]["actor.layers.0.weight"].shape == (64, 16)
+    assert checkpoint(path)["agent"]["actor.0.weight"].shape == (64, 16)
     assert update_steps(path) == [1, 2, 3]
 
 
