@@ -15,6 +15,7 @@ import sys
 import tyro
 
 from benchmark.suite import InputError, similar
+from benchmark.text import printable
 
 COMMANDS = {
     "run": "start what is missing of a suite, resume what was interrupted, skip what is finished",
@@ -53,6 +54,8 @@ def parse(kind: type, words: list[str], prog: str):
 
 def main(words: list[str]) -> int:
     """Runs a command; returns the exit code: 2 for bad input, else what the command says."""
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         print("usage: python -m benchmark COMMAND ...\n")
@@ -66,7 +69,7 @@ def main(words: list[str]) -> int:
         sys.stdout.flush()  # here, where it can be said what happens if that fails
         return code
     except InputError as error:
-        print(f"benchmark {command}: error: {error}", file=sys.stderr)
+        print(f"benchmark {printable(command)}: error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -10,6 +10,8 @@ learning curve (how fast it learns) and its last point, the mean return of the l
 """
 
 import csv
+import io
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ import numpy as np
 import tyro
 from scipy import stats
 
+from benchmark.files import write_file
 from benchmark.plot import RETURN, metric_by_update
+from benchmark.provenance import provenance
 from benchmark.run import Display, Task, prepare, run_local, summarize
 from benchmark.suite import ROOT, InputError, Job, read_metrics
 
@@ -137,7 +141,7 @@ def main(args: Args) -> int:
     by_variant = {flags: [] for flags, _ in pairs}
     for (flags, _), task in tasks.items():
         by_variant[flags].append(scores(task.state.path))
-    with open(results_file, "w", newline="") as file:
+    with io.StringIO() as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["tag", "flags", "curve_mean", "final_return", "effect"])
         for tag, flags in [("default", ""), *variants]:
@@ -145,6 +149,9 @@ def main(args: Args) -> int:
             effect = f"{difference(speed, base_speed)} over the run, {difference(final, base_final)} at its end"
             row = [tag, flags, f"{np.mean(speed):.1f}", f"{np.mean(final):.1f}", effect if flags else ""]
             writer.writerow(row)
+        write_file(results_file, file.getvalue())
+    facts = provenance() | {"runs": sorted(task.state.path.name for task in tasks.values())}
+    write_file(results_file.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     return 0
 
 

@@ -15,8 +15,10 @@ if __name__ == "__main__":
     args = script.parse_args(sys.argv[2:])
     envs = script.make_envs(args)
     envs.reset(seed=args.seed)
-    space = batch_space(envs.single_action_space, args.num_envs)
+    # Scripts whose environments are a vector of gymnasium's say so of a single one.
+    single = envs.single_action_space if hasattr(envs, "single_action_space") else envs.action_space
+    space = batch_space(single, args.num_envs)
     space.seed(args.seed)
     actions = [space.sample() for _ in range(1000)]
-    for step in range(args.total_timesteps // args.num_envs):
+    for step in range(int(args.total_timesteps // args.num_envs)):
         envs.step(actions[step % 1000])

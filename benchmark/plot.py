@@ -16,10 +16,13 @@ are the strata.
 
 import csv
 import functools
+import io
 import itertools
 import json
+import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,8 +31,21 @@ import numpy as np
 import tyro
 from scipy import stats
 
+from benchmark.files import write_file
 from benchmark.provenance import provenance
-from benchmark.suite import REFERENCE, ROOT, InputError, Suite, load_suite, read_metrics, similar, suite_runs, writing
+from benchmark.suite import (
+    REFERENCE,
+    ROOT,
+    InputError,
+    Suite,
+    intact_runs,
+    list_of,
+    load_suite,
+    read_metrics,
+    similar,
+    writing,
+)
+from benchmark.text import markdown_table, printable
 
 RETURN = "charts/episodic_return"
 EPISODES = 100  # that a mean return is over
@@ -81,7 +97,7 @@ Curves = dict[str, dict[int, Curve]]  # by environment and seed
 
 def note(message: str) -> None:
     """Says something about the data that the user should know."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
 
 
 def metric_by_update(columns: dict[str, np.ndarray], metric: str) -> np.ndarray:
@@ -113,10 +129,13 @@ def run_curve(columns: dict[str, np.ndarray], metric: str, part: float) -> Curve
     return Curve(columns["global_step"][updates][keep], columns["wall_time"][updates][keep] / 3600, values[keep], part)
 
 
-def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float]]:
-    """The curves of all runs, and by run directory the part of its training that is done; raises InputError."""
-    runs, curves, names, parts = suite_runs(suite, runs_dir), defaultdict(dict), set(), {}
-    left_out = []
+def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float], bool]:
+    """The curves of all runs, by run directory the part of its training that is done, and whether one is broken.
+
+    Raises InputError if runs have other settings than the suite, or none has this metric.
+    """
+    runs, left_out = intact_runs(suite, runs_dir)
+    curves, names, parts, broken = defaultdict(dict), set(), {}, bool(left_out)
     for job, state in runs.items():
         try:
             columns = read_metrics(state.path)
@@ -140,7 +159,7 @@ def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str
         found = {job.seed for job in runs if job.env_id == env_id}
         if missing := [seed for seed in suite.seeds if seed not in found]:
             note(f"{env_id}: no run of seed {', '.join(map(str, missing))}")
-    return dict(curves), parts
+    return dict(curves), parts, broken
 
 
 def add_curves(kept: Curves, new: Curves) -> Curves:
@@ -158,17 +177,18 @@ def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float
     earlier = {}
     if add and path.exists():
         curves, sidecar = add_curves(read_curves(path), curves), path.with_suffix(".json")
-        before = json.loads(sidecar.read_text()) if sidecar.exists() else {}
+        before = read_sidecar(sidecar)
         if set(before.get("runs", ())) <= parts.keys():  # the same runs again
             before = before.get("added_to")
         earlier = {"added_to": before} if before else {}
-    with open(path, "w", newline="") as file:
+    with io.StringIO() as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"])
         for env_id, seeds in curves.items():
             for seed, curve in seeds.items():
                 for step, hours, value in zip(*curve[:3]):
                     writer.writerow([env_id, seed, int(step), f"{value:.6g}", f"{hours:.6g}"])
+        write_file(path, file.getvalue())
     unfinished = {
         env: {s: round(c.part, 3) for s, c in seeds.items() if not c.finished} for env, seeds in curves.items()
     }
@@ -177,21 +197,36 @@ def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float
         "unfinished": {env: seeds for env, seeds in unfinished.items() if seeds},
     }
     facts |= earlier
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+
+
+def read_sidecar(path: Path) -> dict:
+    """What the JSON file beside a CSV says, nothing if there is none; raises InputError if it cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+        if not isinstance(facts, dict) or not list_of(str, facts.get("runs")):
+            raise ValueError("it does not say which runs the curves are of")
+        parts = [part for seeds in facts["unfinished"].values() for part in seeds.values()]
+        if not list_of(int | float, parts):
+            raise ValueError("it does not say which part of the unfinished runs is done")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    return facts
 
 
 def read_curves(path: Path) -> Curves:
     """Curves from a CSV; raises InputError if that cannot be read."""
     rows = defaultdict(lambda: defaultdict(list))
+    unfinished = read_sidecar(path.with_suffix(".json")).get("unfinished", {})
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             for row in csv.reader(file):
                 if row[0] != "env_id":
                     step, value, *hours = map(float, row[2:])
                     rows[row[0]][int(row[1])].append((step, *(hours or [np.nan]), value))
-        sidecar = path.with_suffix(".json")
-        unfinished = json.loads(sidecar.read_text())["unfinished"] if sidecar.exists() else {}
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     return {
         env_id: {
@@ -282,14 +317,17 @@ def beside(suite: Suite, args: Args, suffix: str) -> dict[str, Curves]:
         if not path.exists():
             note(f"suite {other.name} is left out: there is no {path}; python -m benchmark plot {other.name} writes it")
             continue
-        groups[other.title if other.script == suite.script else Path(other.script).name] = read_curves(path)
+        name = other.title if other.script == suite.script else Path(other.script).name
+        taken = name in groups or name == Path(suite.script).name
+        groups[f"{name} ({other.name})" if taken else name] = read_curves(path)
     groups = {name: {env: curves[env] for env in suite.env_ids if env in curves} for name, curves in groups.items()}
     return {name: curves for name, curves in groups.items() if curves}
 
 
-def short(env_id: str) -> str:
-    """An environment's name without its module."""
-    return env_id.rpartition(":")[2]
+def short_names(env_ids: Iterable[str]) -> dict[str, str]:
+    """The environments' names without their modules, where these are different without them."""
+    names = {env_id: env_id.rpartition(":")[2] for env_id in env_ids}
+    return names if len(set(names.values())) == len(names) else {env_id: env_id for env_id in names}
 
 
 def table(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args) -> str:
@@ -300,16 +338,16 @@ def table(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict
     for name in others:
         heads += [f"{name}: {what}", "95% interval"]
     heads += [suite.published_label] * bool(published) + ["runtime"]
-    lines = [heads, ["---"] * len(heads)]
+    lines, names = [heads], short_names(suite.env_ids)
     for env_id in suite.env_ids:
         final, bounds, runtime = final_cells(ours.get(env_id, {}), args.statistic, form)
-        cells = [short(env_id), final, bounds]
+        cells = [names[env_id], final, bounds]
         steps = max((curve.steps[-1] for curve in ours.get(env_id, {}).values()), default=None)
         for curves in others.values():
             cells += final_cells(curves.get(env_id, {}), args.statistic, form, steps)[:2]
         cells += ["{} +- {}".format(*published[env_id]) if env_id in published else "-"] * bool(published)
         lines.append([*cells, runtime])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    return markdown_table(lines)
 
 
 def legend_label(name: str, curves: Curves) -> str:
@@ -332,6 +370,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         "svg.hashsalt": "ppo37", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "0.9", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.edgecolor": "0.4", "font.size": 11,
         "axes.titlesize": 12, "axes.titleweight": "bold", "xtick.color": "0.3", "ytick.color": "0.3",
+        "text.parse_math": False,  # a name with dollar signs is no formula
     })  # fmt: skip
     columns = 2 if len(suite.env_ids) == 4 else min(len(suite.env_ids), 3)
     rows = -(-len(suite.env_ids) // columns)
@@ -343,7 +382,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         if args.x == "steps" or timed:  # of the official code the time is not known
             groups.append((name, curves, color, "--"))
     what = f"return, mean of {EPISODES} episodes" if args.metric == RETURN else args.metric
-    handles = {}
+    handles, names = {}, short_names(suite.env_ids)
     for index, axis in enumerate(axes.flat):
         if index >= len(suite.env_ids):
             axis.set_axis_off()
@@ -355,46 +394,53 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             x, center, low, high = aggregate(list(curves[env_id].values()), args.statistic, args.x)
             axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
             (line,) = axis.plot(x, center, style, color=color, linewidth=1.9)
-            handles[legend_label(name, curves)] = line
+            handles[color] = (line, legend_label(name, curves))
             ends.append(x[-1])
         if not ours.get(env_id):
             axis.text(0.5, 0.5, "no runs yet", color="0.5", ha="center", transform=axis.transAxes)
         if env_id in published and ends:
             mean, deviation = published[env_id]
             # A little to the right of the curves' end, so that it hides nothing.
-            handles[suite.published_label] = axis.errorbar(
+            marker = axis.errorbar(
                 [1.04 * max(ends)], [mean], [deviation], fmt="D", color=PUBLISHED, ms=5, capsize=4, linewidth=1.3
             )
+            handles[PUBLISHED] = (marker, suite.published_label)
         if np.ptp(axis.dataLim.intervaly) < 1e-6 and ends:  # a flat curve needs a scale of its own
             middle = axis.dataLim.intervaly[0]
             axis.set_ylim(middle - max(abs(middle) / 4, 1), middle + max(abs(middle) / 4, 1))
-        axis.set_title(short(env_id))
+        axis.set_title(printable(names[env_id]))
         if index % columns == 0:
-            axis.set_ylabel(what)
+            axis.set_ylabel(printable(what))
         if index + columns >= len(suite.env_ids):
-            axis.set_xlabel(suite.steps_label if args.x == "steps" else "hours of training")
+            axis.set_xlabel(printable(suite.steps_label) if args.x == "steps" else "hours of training")
         if args.x == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlim(left=0)
         axis.locator_params(axis="both", nbins=6)
     over = f": {STATISTIC_NAMES[args.statistic]} and 95% bootstrap interval over seeds"
     several = any(len(seeds) > 1 for _, curves, *_ in groups for seeds in curves.values())
-    figure.suptitle(suite.title + over * several, fontsize=12, color="0.25")
+    figure.suptitle(printable(suite.title) + over * several, fontsize=12, color="0.25")
     if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        lines, labels = zip(*handles.values())
+        figure.legend(lines, map(printable, labels), loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{path}.png", dpi=110, metadata={"Software": None})
-    figure.savefig(f"{path}.svg", metadata={"Date": None, "Creator": None})
+    for kind, options in (
+        ("png", {"dpi": 110, "metadata": {"Software": None}}),
+        ("svg", {"metadata": {"Date": None, "Creator": None}}),
+    ):
+        contents = io.BytesIO()
+        figure.savefig(contents, format=kind, **options)
+        write_file(path.with_name(f"{path.name}.{kind}"), contents.getvalue())
     plt.close(figure)
 
 
 def main(args: Args) -> int:
-    """Writes CSV, figure and table, and prints the table."""
+    """Writes CSV, figure and table, and prints the table; returns 1 if a run could not be read."""
     suite = load_suite(args.suite)
     runs_dir = args.runs_dir or suite.runs_dir
-    suffix = "" if args.metric == RETURN else "_" + args.metric.replace("/", "-")
+    suffix = "" if args.metric == RETURN else "_" + re.sub(r"[^\w.-]", "-", args.metric)
     data = args.results / f"{suite.name}{suffix}.csv"
-    ours, parts = collect(suite, runs_dir, args.metric)
+    ours, parts, broken = collect(suite, runs_dir, args.metric)
     if ours:
         with writing(args.results):
             write_curves(data, ours, args.metric, parts, args.add)
@@ -415,8 +461,8 @@ def main(args: Args) -> int:
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, others, published, args)
     with writing(args.results):
-        (args.results / f"{name}.md").write_text(text + "\n")
+        write_file(args.results / f"{name}.md", text + "\n")
     with writing(args.output):
         draw(suite, ours, others, published, args, args.output / (name + "_hours" * (args.x == "hours")))
     print(text)
-    return 0
+    return 1 if broken else 0

@@ -6,11 +6,13 @@
 
 Everything that must survive is in files: run directories say how far each run has got, and a lock for each job, which
 the training itself holds, says whether it is running. So anything may be killed at any time, this program too (its runs
-then go on), and the same command picks up what is left, also beside another one like it.
+then go on), and the same command picks up what is left, also beside another one like it. Each script locks its run
+directory too: a run that somebody has started by hand is shown as running elsewhere, and left alone.
+
+A run whose files are broken is neither resumed nor started anew: what can be saved of it is for the user to say.
 """
 
 import contextlib
-import fcntl
 import math
 import os
 import shlex
@@ -32,15 +34,32 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from benchmark.suite import ROOT, InputError, Job, RunState, find_runs, load_suite, run_state, suite_runs, writing
+from benchmark.files import is_locked, is_running, open_to_append, take_lock
+from benchmark.suite import (
+    ROOT,
+    InputError,
+    Job,
+    RunState,
+    job_runs,
+    load_suite,
+    run_state,
+    scan_runs,
+    script_settings,
+    suite_runs,
+    writing,
+)
+from benchmark.text import plain, printable
 
 POLL = 1.0  # seconds between two looks at the runs
 DRAWING = 0.005  # of one core's time that drawing the table may take: 13 ms for 15 runs, more for more
 GRACE = 60  # seconds that a run has to write a checkpoint before it is killed
 TAIL_LINES = 10  # of a failed run's log, shown at the end
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "elsewhere": "magenta"}
+STYLES = {"finished": "green", "failed": "bold red", "broken": "bold red", "running": "cyan", "elsewhere": "magenta"}
+REFUSED = 2  # exit code of a script that cannot use what it was given
+MAX_REFUSALS = 3  # of a script that sees a lock where none is seen from here
 
 
 @dataclass
@@ -71,41 +90,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def take_lock(path: Path) -> int | None:
-    """Locks a file; returns its descriptor, or None if it is locked already.
-
-    The lock belongs to the open file: it lasts until every process that has inherited the descriptor has closed it or
-    died, and needs no cleaning up. The file stays, for removing it would let two processes lock two files of one name.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds this lock."""
-    if not path.exists():
-        return False
-    descriptor = take_lock(path)
-    if descriptor is not None:
-        os.close(descriptor)
-    return descriptor is None
-
-
 class Task:
     """A job and what becomes of it."""
 
     def __init__(self, job: Job, runs_dir: Path):
         self.job, self.runs_dir = job, runs_dir
-        self.lock = runs_dir / ".locks" / job.name
-        self.log = runs_dir / "logs" / f"{job.name}.log"
+        self.lock = runs_dir / ".locks" / job.key
+        self.log = runs_dir / "logs" / f"{job.key}.log"
         self.log_start = 0  # where this attempt begins in the log
-        self.status = "waiting"  # then running, and then finished, failed, stopped or elsewhere (run by others)
+        self.status = "waiting"  # then running, and then finished, failed, broken, stopped or elsewhere (run by others)
         self.note = ""  # why it failed, or what was odd
+        self.refusals = 0  # how often the script has said that another process trains in its directory
         self.interrupted = False  # the run stopped before its end, and not because of stop()
         self.known: set[Path] = set()  # run directories that were there before
         self.state: RunState | None = None  # of the run directory at hand
@@ -113,14 +108,29 @@ class Task:
         self.stopping, self.guard = False, threading.RLock()
 
     def __str__(self) -> str:
-        return f"{self.job.env_id} seed {self.job.seed}"
+        return printable(f"{self.job.env_id} seed {self.job.seed}")
+
+    def runs(self) -> list[RunState]:
+        """The states of the job's runs, oldest first."""
+        return job_runs(scan_runs(self.runs_dir), self.job)
+
+    def is_elsewhere(self) -> bool:
+        """Whether others train the job: another program like this one, or somebody by hand."""
+        return is_locked(self.lock) or bool(self.state) and is_running(self.state.path)
+
+    def judge(self) -> None:
+        """Gives it the status that its run has by itself, if that leaves nothing to do."""
+        if self.state and self.state.finished:
+            self.status = "finished"
+        elif self.state and self.state.status == "broken":
+            self.status, self.note = "broken", self.state.advice
 
     def run(self, threads: int) -> None:
         """Trains the job to its end, unless others do. Whatever goes wrong becomes its status: it never raises."""
         try:
             descriptor = take_lock(self.lock)
             if descriptor is None:
-                time.sleep(0.1)  # is_locked() of another harness has it for a moment
+                time.sleep(0.1)  # is_locked() of another program has it for a moment
                 descriptor = take_lock(self.lock)
             if descriptor is None:
                 self.status = "elsewhere"
@@ -134,21 +144,25 @@ class Task:
 
     def train(self, threads: int, descriptor: int) -> None:
         """Resumes the run that got furthest, or starts a new one, and judges how it ended."""
-        while not self.stopping:
-            states = [run_state(path) for path in find_runs(self.runs_dir, self.job)]
-            self.known = {state.path for state in states}
-            if finished := [state for state in states if state.finished]:
-                self.state, self.status = finished[-1], "finished"
-                return
-            resumable = [state for state in states if state.has_checkpoint]
-            self.state = max(resumable, key=lambda state: state.global_step, default=None)
-            self.status = "running"
-            code = self.start(threads, descriptor)
-            if self.state and code == 2 and self.is_unusable():
-                self.set_aside()
-                continue
-            self.look()
-            break
+        if self.stopping:
+            self.status = "stopped"
+            return
+        states = self.runs()
+        self.known = {state.path for state in states}
+        worth = {"finished": 3, "running": 2, "interrupted": 1, "broken": 0}
+        states = [state for state in reversed(states) if state.status in worth]  # of two that are equal the newer one
+        self.state = max(states, key=lambda state: (worth[state.status], state.global_step), default=None)
+        if self.state and self.state.running:
+            self.status = "elsewhere"
+            return
+        self.judge()
+        if self.status in ("finished", "broken"):
+            return
+        self.status = "running"
+        code = self.start(threads, descriptor)
+        self.look()
+        if code == REFUSED and not self.stopping and self.judge_refusal():
+            return
         if self.stopping:
             self.status = "finished" if self.state and self.state.finished else "stopped"
         elif code == 0 and self.state and self.state.finished:
@@ -164,19 +178,18 @@ class Task:
 
     def command(self) -> list[str]:
         """The command line that trains it."""
-        script, job = [sys.executable, str(ROOT / self.job.script)], self.job
+        # An environment's name may begin with a dash. With --resume too it must be said which module may be imported.
+        script, job = [sys.executable, str(ROOT / self.job.script), f"--env-id={self.job.env_id}"], self.job
         if self.state:
             return [*script, "--resume", str(self.state.path)]
-        where = ["--env-id", job.env_id, "--seed", str(job.seed), "--runs-dir", str(self.runs_dir)]
-        return [*script, *where, *job.flags]
+        return [*script, "--seed", str(job.seed), "--runs-dir", str(self.runs_dir), *job.flags]
 
     def start(self, threads: int, descriptor: int) -> int:
         """Runs the command and returns its exit code."""
         environment = os.environ | dict.fromkeys(THREADS, str(threads))
-        with open(self.log, "ab") as log:
-            log.write(f"$ {shlex.join(self.command())}\n".encode())
-            log.flush()
-            self.log_start = log.tell()
+        with open_to_append(self.log) as log:
+            log.write(f"$ {shlex.join(self.command())}\n".encode(errors="surrogateescape"))
+            self.log_start = log.seek(0, os.SEEK_END)
             with self.guard:
                 if self.stopping:
                     return 0
@@ -205,26 +218,30 @@ class Task:
         """The last lines of this attempt's log."""
         with contextlib.suppress(OSError), open(self.log, "rb") as log:
             log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 8192))
-            return log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+            return [plain(line) for line in log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]]
         return []
 
-    def is_unusable(self) -> bool:
-        """Whether the script refused to resume because of what is in the run directory."""
-        last = next(iter(self.tail()[-1:]), "")
-        return "checkpoint.pt: " in last or "is not a run directory" in last
-
-    def set_aside(self) -> None:
-        """Renames the run directory, so that the job starts anew but nothing is lost."""
-        aside = self.state.path.with_name(f"{self.state.path.name}.broken")
-        self.state.path.rename(aside)
-        self.note = f"{self.state.path.name} cannot be resumed and is now {aside}; started anew"
+    def judge_refusal(self) -> bool:
+        """Gives it a status if the script has refused to write to a directory or to go on with what is in it."""
+        last = next(iter(self.tail()[-1:]), "no message")
+        if last.endswith("is still running: another process writes to it") and self.refusals < MAX_REFUSALS:
+            self.refusals += 1
+            self.status = "elsewhere"  # somebody has been faster
+            return True
+        if self.state and self.state.path in self.known:
+            self.status = "broken"
+            self.note = f"{self.state.path} cannot be resumed: {last}; repair it or move it away"
+            return True
+        return False
 
     def look(self) -> None:
-        """Reads what the run has reached, once its directory is there."""
+        """Reads what the run has reached, once it says which job it is of."""
+        known = script_settings(ROOT / self.job.script)
         if self.state:
-            self.state = run_state(self.state.path)
-        elif new := set(find_runs(self.runs_dir, self.job)) - self.known:
-            self.state = run_state(max(new))
+            self.state = run_state(self.state.path, known)
+        else:
+            new = [state for state in self.runs() if state.path not in self.known and not state.problem]
+            self.state = max(new, key=lambda state: state.path, default=None)
 
 
 class Display:
@@ -278,13 +295,15 @@ class Display:
             # Those that have not started yet are taken to be as long as the others.
             steps += (len(left) - len(states)) * sum(state.total_steps for state in states) / len(states)
             caption += f"; about {clock(steps / speed)} left"
-        table = Table("environment", "seed", "status", "steps", "steps/s", "return", "left", title=self.title)
+        # As Text: in a string Rich takes "[red]" for a color and ":x:" for a picture.
+        title = Text(printable(self.title), "table.title")
+        table = Table("environment", "seed", "status", "steps", "steps/s", "return", "left", title=title)
         table.caption, table.caption_justify = caption, "left"
-        order = ["running", "elsewhere", "failed", "stopped", "waiting", "finished"]
+        order = ["running", "elsewhere", "failed", "broken", "stopped", "waiting", "finished"]
         for task in sorted(self.tasks, key=lambda task: order.index(task.status)):
             status, *cells = progress(task)
-            style = STYLES.get(task.status, "")
-            table.add_row(task.job.env_id, str(task.job.seed), f"[{style}]{status}[/]" if style else status, *cells)
+            name, style = Text(printable(task.job.env_id)), STYLES.get(task.status, "")
+            table.add_row(name, str(task.job.seed), Text(status, style), *cells)
         return table
 
 
@@ -343,7 +362,8 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
     with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool, stopping(tasks):
         pending = {pool.submit(task.run, threads) for task in tasks}
         deadline = math.inf
-        while pending or any(task.status == "elsewhere" for task in tasks):
+        # Jobs of another program like this one are waited for; those that somebody trains by hand are his.
+        while pending or not stop.count and any(task.status == "elsewhere" and is_locked(task.lock) for task in tasks):
             if pending:
                 pending = futures.wait(pending, POLL).not_done
             else:
@@ -356,9 +376,7 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
                 for task in tasks:
                     task.stop(signal.SIGKILL)
             for task in tasks:
-                if task.status == "elsewhere" and stop.count:
-                    task.status = "waiting"  # others go on with it
-                elif task.status == "elsewhere" and not is_locked(task.lock):
+                if task.status == "elsewhere" and not stop.count and not task.is_elsewhere():
                     task.status = "waiting"  # the others have ended; what they have left undone is done here
                     pending.add(pool.submit(task.run, threads))
             display.update()
@@ -377,8 +395,10 @@ def plan(task: Task) -> str:
     """What is to be done for a task, in words."""
     if task.state and task.state.finished:
         return f"{task}: finished ({task.state.path})"
-    if is_locked(task.lock):
+    if task.is_elsewhere():
         return f"{task}: running already"
+    if task.status == "broken":
+        return f"{task}: {task.note}"
     if task.state and task.state.has_checkpoint:
         return f"{task}: resume {task.state.path} at step {task.state.global_step:,} of {task.state.total_steps:,}"
     return f"{task}: start"
@@ -389,11 +409,16 @@ def summarize(tasks: list[Task], stopped: bool) -> int:
     counts = Counter(task.status for task in tasks)
     for task in tasks:
         if task.status == "failed":
-            print(f"\n{task} failed: {task.note} ({task.log})", *task.tail(), sep="\n    ")
+            print(f"\n{task} failed: {printable(task.note)} ({printable(task.log)})", *task.tail(), sep="\n    ")
+        elif task.status == "elsewhere":
+            where = f": another process trains it in {printable(task.state.path)}" if task.state else ""
+            print(f"\n{task} is still running elsewhere{where}")
         elif task.note:
-            print(f"\n{task}: {task.note}")
+            print(f"\n{task}: {printable(task.note)}")
     rest = {status: number for status, number in counts.items() if status != "finished"}
-    print(f"{counts['finished']} of {len(tasks)} finished" + "".join(f", {n} {status}" for status, n in rest.items()))
+    words = {"elsewhere": "running elsewhere"}
+    others = "".join(f", {number} {words.get(status, status)}" for status, number in rest.items())
+    print(f"{counts['finished']} of {len(tasks)} finished{others}")
     if stopped or rest:
         print("The same command goes on with what is not finished.")
     return 130 if stopped else 1 if rest else 0
@@ -407,6 +432,10 @@ def main(args: Args) -> int:
         raise InputError(f"--seeds takes whole numbers from 0, not {' '.join(map(str, args.seeds)) or 'nothing'}")
     if args.slurm and args.launcher != "slurm":
         raise InputError("--slurm needs --launcher slurm")
+    if args.launcher == "slurm":
+        from benchmark.slurm import check_place, parse_options, run_slurm
+
+        options = parse_options(args.slurm)
     try:
         extra = shlex.split(args.extra)
     except ValueError as error:
@@ -417,18 +446,17 @@ def main(args: Args) -> int:
     tasks = [Task(job, runs_dir) for job in suite.jobs(args.seeds)]
     for task in tasks:
         task.state = states.get(task.job)
-        if task.state and task.state.finished:
-            task.status = "finished"
+        task.judge()
     if args.dry_run:
-        print("\n".join(map(plan, tasks)))
+        print("\n".join(printable(plan(task)) for task in tasks))
         return 0
+    todo = [task for task in tasks if task.status not in ("finished", "broken")]
+    if args.launcher == "slurm":
+        check_place(runs_dir)
     prepare(runs_dir)
-    todo = [task for task in tasks if task.status != "finished"]
     display = Display(tasks, suite.title)
     if args.launcher == "slurm" and todo:
-        from benchmark.slurm import run_slurm
-
-        stopped = run_slurm(todo, suite, runs_dir, args.slurm, args.workers, display)
+        stopped = run_slurm(todo, suite, runs_dir, options, args.workers, display)
     else:
         stopped = run_local(todo, min(args.workers or cores(), max(1, len(todo))), display)
     return summarize(tasks, stopped)

@@ -5,14 +5,24 @@
     python ppo.py --env-id benchmark.tasks:MaskedAcrobot-v1
     python ppo.py --env-id benchmark.tasks:MemoryS7-v0
 
-Masked tasks hide the velocities by the very wrapper of ppo_lstm.py. LunarLander is EnvPool's, and so are MiniGrid's
-rooms, in which the agent must remember an object that it has seen at the start.
+Masked tasks show the velocities as 0, which is what ppo_lstm.py's --hide does with the components that it names.
+LunarLander is EnvPool's, and so are MiniGrid's rooms, in which the agent must remember an object that it has seen at
+the start.
 """
 
 import gymnasium as gym
 import numpy as np
 
-from ppo_lstm import VELOCITIES, MaskVelocity
+VELOCITIES = {  # components of the observations
+    "CartPole-v1": [1, 3],
+    "Acrobot-v1": [4, 5],
+    "LunarLander-v3": [2, 3, 5],
+    "Pendulum-v1": [2],
+    "InvertedDoublePendulum-v4": [5, 6, 7],
+    "HalfCheetah-v4": range(8, 17),
+    "Hopper-v4": range(5, 11),
+    "Walker2d-v4": range(8, 17),
+}
 
 
 class Single(gym.Env):
@@ -42,16 +52,21 @@ class Single(gym.Env):
         return self.visible(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
 
-def masked(env_id: str) -> gym.Env:
-    """The task with its velocities shown as 0."""
-    env = Single(env_id) if env_id.startswith("LunarLander") else gym.make(env_id)
-    return MaskVelocity(env, VELOCITIES[env_id[:-3]])
+class Masked(gym.ObservationWrapper):
+    """A task whose velocities are hidden: where things go can only be known by comparing with what was seen before."""
+
+    def __init__(self, env_id: str):
+        super().__init__(Single(env_id) if env_id.startswith("LunarLander") else gym.make(env_id))
+        self.hidden = list(VELOCITIES[env_id])
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        """The observation with 0 in place of the velocities."""
+        observation = observation.copy()
+        observation[self.hidden] = 0
+        return observation
 
 
-for env_id in (
-    "CartPole-v1", "Acrobot-v1", "LunarLander-v3", "Pendulum-v1", "InvertedDoublePendulum-v4", "HalfCheetah-v4",
-    "Hopper-v4", "Walker2d-v4",
-):  # fmt: skip
-    gym.register(f"Masked{env_id}", masked, kwargs={"env_id": env_id}, disable_env_checker=True)
+for env_id in VELOCITIES:
+    gym.register(f"Masked{env_id}", Masked, kwargs={"env_id": env_id}, disable_env_checker=True)
 for size in (7, 9, 11, 13):
     gym.register(f"MemoryS{size}-v0", Single, kwargs={"env_id": f"MiniGrid-MemoryS{size}-v0"}, disable_env_checker=True)

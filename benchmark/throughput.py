@@ -27,11 +27,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from benchmark.files import write_file
 from benchmark.provenance import provenance
 from benchmark.suite import ROOT, InputError, writing
+from benchmark.text import markdown_table, printable
 
 PYTHON = shlex.quote(sys.executable)
-MODES = {"eager": "", "compile": "--compile", "amp": "--compile --amp"}
+MODES = {"eager": "", "compile": "--compile", "amp": "--compile --amp", "cudagraphs": "--compile --amp --cudagraphs"}
 
 
 @dataclass
@@ -43,8 +45,9 @@ class Args:
     run in an empty directory, so that its paths must be absolute"""
     script: str = "ppo"
     """our script"""
-    modes: list[Literal["eager", "compile", "amp"]] = field(default_factory=lambda: ["eager", "compile"])
-    """how our script is run: plain, with --compile, with --compile --amp (where a script has it)"""
+    modes: list[Literal["eager", "compile", "amp", "cudagraphs"]] = field(default_factory=lambda: ["eager", "compile"])
+    """how our script is run: plain, with --compile, with --compile --amp, with these and --cudagraphs (where a script
+    has them)"""
     num_envs: list[int] = field(default_factory=list)
     """instead of these: our script with these numbers of environments, beside the environments alone"""
     batch_size: int | None = None
@@ -82,6 +85,7 @@ def measure(command: str, steps: int, directory: str) -> tuple[float, float]:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # Ctrl-C: leave no training behind
             process.kill()
+            process.wait()
             raise
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)  # for Popen, which has not seen the process end
@@ -106,15 +110,15 @@ def table(speeds: dict[str, list[float]], memory: dict[str, float], baselines: l
     """Markdown table: median steps per second, peak memory, and the median of the rounds' ratios to each baseline."""
     speeds = {name: values for name, values in speeds.items() if values}
     baselines = [name for name in baselines if name in speeds]
-    lines = ["| command | steps/s, median | min-max | memory, MiB |" + "".join(f" vs {name} |" for name in baselines)]
-    lines.append("|---|---|---|---|" + "---|" * len(baselines))
+    ratios = [f"vs {name}, median of the rounds' ratios" for name in baselines]
+    lines = [["command", "steps/s, median", "min-max", "memory, MiB", *ratios]]
     for name, values in speeds.items():
         # A command that failed has fewer rounds than the others: zip pairs those that both have.
         ratios = [statistics.median(a / b for a, b in zip(values, speeds[baseline])) for baseline in baselines]
         spread = f"{min(values):,.0f}-{max(values):,.0f}"
         cells = [name, f"{statistics.median(values):,.0f}", spread, f"{memory[name]:,.0f}"]
-        lines.append("| " + " | ".join(cells + [f"{ratio:.2f}x" for ratio in ratios]) + " |")
-    return "\n".join(lines)
+        lines.append(cells + [f"{ratio:.2f}x" for ratio in ratios])
+    return markdown_table(lines)
 
 
 def parse_peers(entries: list[str]) -> dict[str, str]:
@@ -136,7 +140,8 @@ def parse_peers(entries: list[str]) -> dict[str, str]:
 
 def all_commands(args: Args, peers: dict[str, str]) -> tuple[dict[str, str], dict[str, int]]:
     """Commands of the peers and of our script by name, and the small number of steps of each; raises InputError."""
-    script = ROOT / f"{args.script}.py"
+    name = args.script.removesuffix(".py")
+    script = ROOT / f"{name}.py"
     if not script.exists():
         raise InputError(f"there is no script {script}")
     if args.steps < 1 or args.rounds < 1 or args.seconds <= 0:
@@ -150,22 +155,23 @@ def all_commands(args: Args, peers: dict[str, str]) -> tuple[dict[str, str], dic
     ours = f"{PYTHON} {shlex.quote(str(script))} --total-timesteps {{steps}} {args.flags}"
     if not args.num_envs:
         modes = [MODES[mode] for mode in args.modes]
-        commands = peers | {f"{args.script}.py {mode}".strip(): f"{ours} {mode}" for mode in modes}
-        return commands, dict.fromkeys(commands, args.steps)
-    envs = f"{PYTHON} -m benchmark.env_only {args.script} --total-timesteps {{steps}} {args.flags}"
-    commands, small = dict(peers), dict.fromkeys(peers, args.steps)
+        own = {f"{name}.py {mode}".strip(): f"{ours} {mode}" for mode in modes}
+        return beside(peers, own), dict.fromkeys([*peers, *own], args.steps)
+    envs = f"{PYTHON} -m benchmark.env_only {shlex.quote(name)} --total-timesteps {{steps}} {args.flags}"
+    own, small = {}, dict.fromkeys(peers, args.steps)
     for count in args.num_envs:
         num_steps = args.batch_size // count if args.batch_size else 128
-        commands[f"{count} envs"] = f"{ours} --num-envs {count} --num-steps {num_steps}"
-        commands[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
+        own[f"{count} envs"] = f"{ours} --num-envs {count} --num-steps {num_steps}"
+        own[f"{count} envs, environments alone"] = f"{envs} --num-envs {count}"
         small[f"{count} envs"] = small[f"{count} envs, environments alone"] = max(args.steps, 2 * num_steps * count)
-    return commands, small
+    return beside(peers, own), small
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    path.with_name(f"{path.name}.tmp").write_text(text)
-    path.with_name(f"{path.name}.tmp").replace(path)
+def beside(peers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """All commands by name; raises InputError if a peer has the name of one of ours."""
+    if same := peers.keys() & own.keys():
+        raise InputError(f"a peer cannot have the name {min(same)}: that is our script's")
+    return peers | own
 
 
 def main(args: Args) -> int:
@@ -183,7 +189,7 @@ def main(args: Args) -> int:
 
     def leave_out(name: str, error: Failed) -> None:
         failures[name] = str(error)
-        print(f"{name} is left out: {error}", file=sys.stderr)
+        print(printable(f"{name} is left out: {error}"), file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as directory:
         for name, command in commands.items():
@@ -203,14 +209,15 @@ def main(args: Args) -> int:
                     continue
                 speeds[name].append((large[name] - small[name]) / (long - short))
                 memory[name] = max(memory[name], peak)
-                print(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s", file=sys.stderr)
-            if args.output:
+                print(printable(f"round {round_number}: {name} {speeds[name][-1]:,.0f} steps/s"), file=sys.stderr)
+            if output := args.output:
+                output = output.with_suffix("") if output.suffix in (".md", ".json") else output
                 facts = provenance() | {"commands": commands, "failures": failures, "small": small, "large": large}
                 facts |= {"steps_per_second": speeds, "peak_mib": memory}
-                write(args.output.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-                write(args.output.with_suffix(".md"), table(speeds, memory, baselines) + "\n")
+                write_file(output.with_name(f"{output.name}.json"), json.dumps(facts, indent=1) + "\n")
+                write_file(output.with_name(f"{output.name}.md"), table(speeds, memory, baselines) + "\n")
     if any(speeds.values()):
         print(table(speeds, memory, baselines))
     for name, message in failures.items():
-        print(f"{name} failed: {message}", file=sys.stderr)
+        print(printable(f"{name} failed: {message}"), file=sys.stderr)
     return 1 if failures else 0

@@ -10,7 +10,6 @@ is today.
 """
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,9 @@ from pathlib import Path
 
 import tyro
 
-from benchmark.suite import ROOT, InputError, RunState, Suite, load_suite, suite_runs
+from benchmark.files import write_file
+from benchmark.suite import ROOT, InputError, RunState, Suite, load_suite, parse_line, suite_runs
+from benchmark.text import printable
 
 RECORD = "uploaded.json"
 GIVE_UP = 2  # runs in a row that cannot be sent: then it is the connection
@@ -43,26 +44,28 @@ class Args:
     """where the run directories are; default: runs/SUITE"""
 
 
-def read_record(run_dir: Path) -> dict:
+def read_record(run_dir: Path) -> dict[str, dict]:
     """What has been sent of a run, by destination; nothing if the record is missing or broken."""
     try:
-        return json.loads((run_dir / RECORD).read_text())
-    except (OSError, ValueError):
+        record = json.loads((run_dir / RECORD).read_bytes())
+        return {destination: {"lines": int(sent["lines"]), "videos": sent["videos"]} for destination, sent in
+                record.items()}  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def write_record(run_dir: Path, record: dict) -> None:
-    """Replaces the record at once."""
-    temporary = run_dir / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, run_dir / RECORD)
+def videos(run_dir: Path) -> list[Path]:
+    """A run's videos; no symbolic links, for these could lead to any file."""
+    if (run_dir / "videos").is_symlink():
+        return []
+    return sorted(path for path in run_dir.glob("videos/*.mp4") if path.is_file() and not path.is_symlink())
 
 
 def local_contents(run_dir: Path) -> dict:
     """What a run has to send: the number of its metrics' lines, and its videos."""
     with open(run_dir / "metrics.jsonl", "rb") as file:
         lines = sum(1 for _ in file)
-    return {"lines": lines, "videos": sorted(path.name for path in run_dir.glob("videos/*.mp4"))}
+    return {"lines": lines, "videos": [path.name for path in videos(run_dir)]}
 
 
 def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
@@ -70,6 +73,11 @@ def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
     import wandb
 
     script, name = ROOT / suite.script, state.path.resolve().name
+    if (state.path / "wandb").is_symlink():
+        raise ValueError("its folder wandb is a symbolic link")
+    rows = [parse_line(line) for line in (state.path / "metrics.jsonl").read_bytes().splitlines()]
+    if None in rows:
+        raise ValueError(f"line {rows.index(None) + 1} of its metrics.jsonl is broken")
     # What this process uses of the machine says nothing about the training.
     settings = wandb.Settings(console="off", disable_git=True, x_disable_stats=True)
     group = args.group or suite.name
@@ -78,22 +86,21 @@ def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
     try:
         run.define_metric("*", step_metric="global_step")
         first_line = first_line if run.offline else run.starting_step
-        with open(state.path / "metrics.jsonl") as file:
-            for number, line in enumerate(file):
-                if number >= first_line:
-                    run.log(json.loads(line), step=number)
+        for number, row in enumerate(rows[first_line:], first_line):
+            run.log(row, step=number)
         with tempfile.TemporaryDirectory() as folder:  # log_code looks through a whole folder: this one has one file
             shutil.copy(script, folder)
             run.log_code(folder, name=f"source-{script.stem}")
-        run.save(str(state.path / "videos/*.mp4"), base_path=state.path, policy="now")
+        for video in videos(state.path):
+            run.save(video, base_path=state.path, policy="now", glob=False)
     except BaseException:
         run.finish(exit_code=1)
         raise
     run.finish()
     if not run.offline:
         arrived = wandb.Api().run(run.path).lastHistoryStep + 1
-        if arrived < number + 1:
-            raise ConnectionError(f"only {arrived} of {number + 1} lines have arrived")
+        if arrived < len(rows):
+            raise ConnectionError(f"only {arrived} of {len(rows)} lines have arrived")
 
 
 def main(args: Args) -> int:
@@ -112,11 +119,13 @@ def main(args: Args) -> int:
     if mode == "disabled":
         raise InputError("WANDB_MODE is disabled: nothing would be sent")
     destination = f"{args.entity or 'default'}/{args.project}" + (f" ({mode})" if mode != "online" else "")
-    counts, in_a_row = {"sent": 0, "there already": 0, "unfinished": 0, "failed": 0}, 0
-    for job, state in runs.items():
+    counts, in_a_row = {"sent": 0, "there already": 0, "unfinished": 0, "broken": 0, "failed": 0}, 0
+    for state in runs.values():
         if not state.finished:
-            counts["unfinished"] += 1
-            print(f"{state.path.name} is not sent: it is unfinished", file=sys.stderr)
+            reasons = {"broken": state.problem, "running": "it is still running"}
+            reason = reasons.get(state.status, "it is unfinished")
+            counts["broken" if state.status == "broken" else "unfinished"] += 1
+            print(printable(f"{state.path.name} is not sent: {reason}"), file=sys.stderr)
             continue
         record, contents = read_record(state.path), local_contents(state.path)
         if record.get(destination) == contents:
@@ -124,11 +133,12 @@ def main(args: Args) -> int:
             continue
         try:
             send(args, suite, state, record.get(destination, {}).get("lines", 0))
-            write_record(state.path, record | {destination: contents})
+            write_file(state.path / RECORD, json.dumps(record | {destination: contents}, indent=1) + "\n")
         except Exception as error:  # wandb raises errors of many kinds
             counts["failed"] += 1
             in_a_row += 1
-            print(f"{state.path.name} is not sent: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+            reason = printable(" ".join(str(error).split()))[:300]
+            print(f"{state.path.name} is not sent: {reason}", file=sys.stderr)
             if in_a_row == GIVE_UP:
                 print(f"stopped after {GIVE_UP} failures in a row", file=sys.stderr)
                 break
@@ -136,7 +146,7 @@ def main(args: Args) -> int:
         in_a_row = 0
         counts["sent"] += 1
         print(f"{state.path.name}: {contents['lines']} lines, {len(contents['videos'])} videos", flush=True)
-    print(f"{destination}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
+    print(printable(f"{destination}: ") + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
     if counts["failed"]:
         print("the same command goes on where this one stopped", file=sys.stderr)
-    return 1 if counts["failed"] else 0
+    return 1 if counts["failed"] or counts["broken"] else 0

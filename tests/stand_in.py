@@ -5,8 +5,10 @@ there is a file "go", Deaf-v0 does so too but ignores signals, and Slow-v0 says 
 signal, and ends when there is a file "stop".
 """
 
+import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -35,9 +37,14 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
     settings = {name: getattr(Args, name) for name in Args.__annotations__}
-    for flag, value in zip(sys.argv[1::2], sys.argv[2::2]):
+    words = sys.argv[1:]
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if not equals and words[0].startswith("-"):  # as tyro sees it
+            print(f"stand_in.py: error: {flag} needs a value", file=sys.stderr)
+            return 2
         name = flag.removeprefix("--").replace("-", "_")
-        settings[name] = type(settings[name] or "")(value)
+        settings[name] = type(settings[name] or "")(value if equals else words.pop(0))
     update, metrics_bytes = 0, 0
     if settings["resume"]:
         path = Path(settings["resume"])
@@ -46,16 +53,21 @@ def main() -> int:
             settings = json.loads((path / "config.json").read_text())
             problem = f"cannot use {path / 'checkpoint.pt'}"
             update, metrics_bytes = json.loads((path / "checkpoint.pt").read_text())
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"stand_in.py: error: {problem}: {error}", file=sys.stderr)
             return 2
     else:
-        name = f"{settings['env_id']}__{settings['exp_name']}__{settings['seed']}"
+        name = re.sub(r"[^\w.-]", "-", f"{settings['env_id']}__{settings['exp_name']}__{settings['seed']}")
         path = Path(settings["runs_dir"]) / f"{name}__{time.time_ns()}"
         path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(settings))
-    print(f"{os.environ['OMP_NUM_THREADS']} threads", flush=True)
     metrics = open(path / "metrics.jsonl", "ab", buffering=0)
+    try:
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"stand_in.py: error: {path} is still running: another process writes to it", file=sys.stderr)
+        return 2
+    (path / "config.json").write_text(json.dumps(settings))
+    print(f"{os.environ.get('OMP_NUM_THREADS')} threads", flush=True)
     metrics.truncate(metrics_bytes)
     batch, env_id = settings["num_envs"] * settings["num_steps"], settings["env_id"]
     while update < settings["total_timesteps"] // batch:

@@ -4,6 +4,7 @@ Accidents happen to a script that stands for a training (stand_in.py), which cos
 do the same to ppo.py.
 """
 
+import fcntl
 import importlib
 import json
 import math
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +25,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
 import benchmark.run
-from benchmark import suite
+from benchmark import files, suite
 from benchmark.__main__ import main
+from benchmark.ablations import STUDIES
 from benchmark.suite import InputError, load_suite, read_metrics, run_state, scan_runs, suite_runs
 
 WAIT = 300  # seconds after which a test gives up; a busy machine takes long to start a process
@@ -120,10 +124,6 @@ def trainings() -> list[int]:
 
 def test_suites_of_the_repository():
     for path in suite.SUITES.glob("*.toml"):
-        if path.stem == "lstm" and not (ROOT / "ppo_lstm.py").exists():
-            with pytest.raises(InputError, match=r"lstm.toml: its script ppo_lstm.py does not exist$"):
-                load_suite("lstm")
-            continue
         loaded = load_suite(path.stem)
         jobs = loaded.jobs()
         assert len({job.name for job in jobs}) == len(loaded.env_ids) * len(loaded.seeds) == len(jobs)
@@ -138,7 +138,7 @@ def test_jobs():
     assert [job.seed for job in load_suite("suite.toml").jobs([7, 7])] == [7, 7]  # one for each environment
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_continuous", "ppo_atari", "ppo_lstm"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("ppo*.py")))
 def test_settings_are_read_as_the_script_has_them(name):
     script = importlib.import_module(name)
     settings = suite.script_settings(Path(script.__file__))
@@ -155,6 +155,45 @@ def test_flags_mean_what_they_mean_to_the_script(flags):
     assert settings == {name: value for name, value in expected.items() if name not in suite.FREE}
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_flags_of_ablations_exist(name):
+    study = STUDIES[name]
+    known = suite.script_settings(ROOT / study.script)
+    for _, flags in study.variants:
+        assert suite.parse_flags(f"{study.flags} {flags}".split(), known, study.script)
+
+
+LISTS = """class Algorithm:
+    hide: tuple[int, ...] | None = (1, 3)
+    backend: Literal["gymnasium", "envpool"] = "gymnasium"
+    steps: float = 5
+
+class Args(Algorithm):
+    names: list[str] = []
+"""
+
+
+def test_kinds_of_flags():
+    """Several values, a choice, whole numbers in the form 1e6; settings that Args inherits."""
+    Path("lists.py").write_text(LISTS)
+    known = suite.script_settings(Path("lists.py"))
+    assert {name: default for name, (_, default) in known.items()} == {
+        "hide": (1, 3), "backend": "gymnasium", "steps": 5, "names": [],
+    }  # fmt: skip
+    words = ["--hide", "4", "-1", "--backend", "envpool", "--steps", "1e6", "--names"]
+    expected = {"hide": [4, -1], "backend": "envpool", "steps": 1e6, "names": []}
+    assert suite.parse_flags(words, known, "lists.py") == expected
+    assert suite.parse_flags(["--hide", "None"], known, "lists.py") == {"hide": None}
+    assert suite.fits("tuple[int, ...] | None", [1, 2]) and suite.fits("tuple[int, ...] | None", None)
+    assert not suite.fits("tuple[int, ...] | None", [1, "2"]) and not suite.fits("tuple[int, ...] | None", 1)
+    for words, message in (
+        (["--hide", "x"], "type int, not 'x'"),
+        (["--backend", "sb3"], "one of gymnasium, envpool, not"),
+    ):
+        with pytest.raises(InputError, match=message):
+            suite.parse_flags(words, known, "lists.py")
+
+
 def test_flags_of_one_environment():
     """They come after the suite's and before those of the command line; runs are compared with their environment's."""
     write_suite("A", "B", flags=("--total-timesteps", "8"))
@@ -168,7 +207,7 @@ def test_flags_of_one_environment():
     assert [made.settings[env]["total_timesteps"] for env in "AB"] == [8, 16]
     assert {job.env_id: job.flags for job in made.jobs()} == made.flags
     made = load_suite("suite.toml")
-    settings = made.settings["B"] | {"env_id": "B"}
+    settings = made.settings["B"] | {"env_id": "B", "seed": 1}
     write_run("B__stand_in__1__1", settings, [UPDATE])
     assert [state.path.name for state in suite_runs(made, Path("runs/suite")).values()] == ["B__stand_in__1__1"]
     write_run("A__stand_in__1__1", settings | {"env_id": "A"}, [UPDATE])
@@ -181,6 +220,7 @@ BAD_SUITES = [
     ("", "title and script and env_ids and seeds missing"),
     ('titel = "a"', "unknown key titel; did you mean title?"),
     ("title = 3", "title must be a string, not 3"),
+    ('env_ids = [""]', "env_ids must be a list of different strings, not ['']"),
     ('env_ids = "CartPole-v1"', "env_ids must be a list of different strings, not 'CartPole-v1'"),
     ("env_ids = []", "env_ids must be a list of different strings"),
     ('seeds = ["1"]', "seeds must be a list of different whole numbers from 0"),
@@ -194,6 +234,8 @@ BAD_SUITES = [
     ('reference = "nope.csv"', "there is no"),
     ('compare = "classic"', "compare must be a list of names of suites, not 'classic'"),
     ('compare = ["nope"]', "there is no suite nope to compare with"),
+    ('compare = ["no/pe"]', "there is no suite no/pe to compare with"),
+    ('script = "a\\u0000b.py"', "its script a\\x00b.py does not exist"),
     ("published = {CartPole-v1 = 3}", "published must be a table of [mean, standard deviation]"),
     ("published = {Pong = [3, 1]}", "published has Pong, which env_ids has not"),
     ('env_flags = ["--compile"]', "env_flags must be a table of lists of strings"),
@@ -234,7 +276,7 @@ BAD_COMMANDS = [
     ("run classic --dry-run --seeds", "--seeds takes whole numbers from 0, not nothing"),
     ("run classic --dry-run --slurm time=3", "--slurm needs --launcher slurm"),
     ("run classic --wrokers 2", "Unrecognized options: --wrokers"),
-    ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma or --gae?"),
+    ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma"),
     ("run classic --extra='", "--extra: No closing quotation"),
     ("run", "Missing"),
     ("report", "which suites?"),
@@ -312,12 +354,47 @@ def test_mean_return_is_that_of_100_episodes(updates):
     assert run_state(path).mean_return == pytest.approx(np.mean(returns[1:]))
 
 
-@pytest.mark.parametrize("config", ["", "[]", "{}", '{"num_envs": "x"}', '{"num_envs": 0, "num_steps": 0}', "\xff"])
-def test_broken_config(config):
+BROKEN = [
+    ("", "config.json cannot be read: "),
+    ('{"num_envs": 2, "num_st', "config.json cannot be read: "),
+    ("\xff", "config.json cannot be read: "),
+    ("[" * 10**5, "config.json cannot be read: "),
+    ("[]", "config.json holds no settings"),
+    ("{}", "in config.json num_envs is missing, num_steps is missing, total_timesteps is missing"),
+    ('{"num_envs": "x", "num_steps": 4, "total_timesteps": 23}', "in config.json num_envs is 'x'"),
+    (
+        '{"num_envs": true, "num_steps": 4.0, "total_timesteps": 23}',
+        "in config.json num_envs is True, num_steps is 4.0",
+    ),
+    (
+        '{"num_envs": 0, "num_steps": -1, "total_timesteps": NaN}',
+        "num_envs is 0, num_steps is -1, total_timesteps is nan",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "problem"), BROKEN)
+def test_broken_config(config, problem):
     path = write_run("A__x__1__1", {}, [UPDATE])
     (path / "config.json").write_text(config, encoding="latin-1")
     state = run_state(path)
-    assert (state.status, state.total_steps, state.global_step) == ("interrupted", 0, 8)
+    assert (state.status, state.total_steps, state.global_step) == ("broken", 0, 8)
+    assert problem in state.problem
+
+
+def test_settings_of_a_wrong_type():
+    """Those of the script have the types that its source names."""
+    write_suite("A")
+    known = suite.script_settings(STAND_IN)
+    right = settings(track=False, gamma=1, total_timesteps=8.0, resume=None)  # whole numbers are numbers; 8.0 is none
+    assert run_state(write_run("A__x__1__1", right, []), known).problem == "in config.json total_timesteps is 8.0"
+    wrong = settings(track=0, gamma="1", seed=None, resume=3)
+    problem = run_state(write_run("A__x__1__2", wrong, []), known).problem
+    assert sorted(problem.removeprefix("in config.json ").split(", ")) == [
+        "gamma is '1'", "resume is 3", "seed is None", "track is 0",
+    ]  # fmt: skip
+    del right["env_id"]
+    assert "env_id is missing" in run_state(write_run("A__x__1__3", right, []), known).problem
 
 
 def test_empty_directory():
@@ -327,14 +404,33 @@ def test_empty_directory():
     assert math.isnan(state.mean_return) and math.isnan(state.sps)
 
 
-@pytest.mark.parametrize("torn", [b'{"global_step": 9, "wall', b"\0" * 100, b"\n", b"3\n"])
+TORN = [
+    b'{"global_step": 9, "wall', b"\0" * 100, b"\n", b"3\n", b"[" * 10**4, b'{"charts/SPS": 300}\n',
+    b'{"global_step": 9, "wall_time": 1, "charts/episodic_return": -',
+    b'{"global_step": 9, "wall_time": 1, "charts/episodic_return": 12',
+    b'{"global_step": 9, "wall_time": 1, "charts/SPS": 3',
+    b'{"global_step": "x", "wall_time": 1, "charts/SPS": 300}\n', b'{"global_step": NaN, "wall_time": 1}\n',
+    b'{"global_step": 9, "wall_time": null}\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_torn_metrics(torn):
     """The last line may be torn, by a full disk for example: what stands before it counts."""
     path = write_run("A__x__1__1", CONFIG, [EPISODE, UPDATE])
     with open(path / "metrics.jsonl", "ab") as file:
         file.write(torn)
-    assert run_state(path).global_step == 8
+    state = run_state(path)
+    assert (state.global_step, state.mean_return) == (8, 3.5)
+    assert state.sps == (300 if torn.endswith(b"}\n") and b"300" in torn else 100)
     assert read_metrics(path)["global_step"].tolist() == [6, 8]
+
+
+def test_values_that_are_no_numbers():
+    path = write_run(
+        "A__x__1__1", CONFIG, [UPDATE, UPDATE | {"losses/entropy": "high"}, UPDATE | {"losses/entropy": 2}]
+    )
+    np.testing.assert_array_equal(read_metrics(path)["losses/entropy"], [np.nan, np.nan, 2])
 
 
 def test_read_metrics():
@@ -346,9 +442,9 @@ def test_read_metrics():
     assert read_metrics(write_run("B__x__1__1", CONFIG, [])) == {}
 
 
-def settings(**changes) -> dict:
+def settings(env_id: str = "A", **changes) -> dict:
     """config.json of a run of the suite at hand."""
-    return load_suite("suite.toml").settings["A"] | {"env_id": "A", "seed": 1, "runs_dir": "r"} | changes
+    return load_suite("suite.toml").settings[env_id] | {"env_id": env_id, "seed": 1, "runs_dir": "r"} | changes
 
 
 def test_which_run_counts():
@@ -357,7 +453,7 @@ def test_which_run_counts():
     rows = [EPISODE, UPDATE]
     for number, length in enumerate((2, 0, 2, 1), 1):
         write_run(f"A__stand_in__1__{number}", settings(), rows[:length])
-        write_run(f"B__stand_in__1__{number}", settings(), rows[: min(length, 1) if number == 1 else 0])
+        write_run(f"B__stand_in__1__{number}", settings(env_id="B"), rows[: min(length, 1) if number == 1 else 0])
     write_run("A__stand_in__1__old", settings(gamma=0), rows)  # not a run directory's name
     chosen = suite_runs(load_suite("suite.toml"), Path("runs/suite"))
     assert {job.env_id: state.path.name for job, state in chosen.items()} == {
@@ -384,7 +480,7 @@ def test_ten_thousand_run_directories():
     write_suite("A", seeds=tuple(range(10_000)))
     config = settings()
     for seed in range(10_000):
-        write_run(f"A__stand_in__{seed}__1", config, rows)
+        write_run(f"A__stand_in__{seed}__1", config | {"seed": seed}, rows)
     loaded, start = load_suite("suite.toml"), time.process_time()
     assert len(suite_runs(loaded, Path("runs/suite"))) == 10_000
     assert time.process_time() - start < 5
@@ -447,22 +543,334 @@ def test_a_script_that_cannot_start(capsys):
     assert "ModuleNotFoundError: No module named 'no_such_module'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("broken", ["checkpoint.pt", "config.json"])
-def test_run_that_cannot_be_resumed(broken, capsys):
-    """It is said, the run is kept under another name, and the job starts anew."""
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files in a folder with their bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("broken", "text", "reason"), [
+    ("checkpoint.pt", "not what it was", "cannot be resumed: stand_in.py: error: cannot use "),
+    ("config.json", '{"env_id": "Crash-v0", "seed"', "is broken: config.json cannot be read: "),
+    ("config.json", None, "is broken: there is no config.json; "),
+])  # fmt: skip
+def test_broken_run(broken, text, reason, capsys):
+    """One line says so, others go on, and nothing is started in its place, however often one tries."""
     write_suite("Crash-v0", "Good-v0")
-    assert run() == 1
+    assert run("--seeds", "1") == 1
     (path,) = runs()["Crash-v0__stand_in__1"]
-    (path / broken).write_text("not what it was")
-    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    (path / broken).unlink()
+    if text:
+        (path / broken).write_text(text)
+    before = contents(path)
     Path("go").touch()
+    for seeds, counts in (("1", "1 of 2"), ("12", "3 of 4")):
+        capsys.readouterr()
+        assert run("--seeds", *seeds) == 1
+        output = capsys.readouterr().out
+        (line,) = [line for line in output.splitlines() if reason in line]
+        assert line.startswith(f"Crash-v0 seed 1: {path.resolve()} ")
+        assert line.endswith("; repair it or move it away")
+        assert f"{counts} finished, 1 broken\n" in output
+        assert contents(path) == before
+        assert len(runs()["Crash-v0__stand_in__1"]) == 1
+    path.rename(path.with_name("aside"))
+    assert run("--seeds", "1", "2") == 0
+    assert_complete(*(f"{env}-v0__stand_in__{seed}" for env in ("Good", "Crash") for seed in (1, 2)))
+
+
+def test_broken_setting(capsys):
+    """A run that does not say how long it is meant to be would never be finished, and so be resumed for ever."""
+    write_suite("Crash-v0", "Good-v0")
+    run()
+    (path,) = runs()["Crash-v0__stand_in__1"]
+    config = json.loads((path / "config.json").read_text())
+    del config["num_steps"]
+    (path / "config.json").write_text(json.dumps(config))
+    log = Path("runs/suite/logs/Crash-v0__stand_in__1.log")
+    before = log.read_bytes()
     capsys.readouterr()
+    for words in (["--dry-run"], []):
+        assert run(*words) == (0 if words else 1)
+        line = f"Crash-v0 seed 1: {path.resolve()} is broken: in config.json num_steps is missing; "
+        assert capsys.readouterr().out.count(line) == 1
+    assert log.read_bytes() == before
+
+
+def test_good_run_beside_a_broken_one():
+    """It is the one that counts."""
+    write_suite("Crash-v0")
+    write_run("Crash-v0__stand_in__1__1", {"seed": 1}, [UPDATE])
+    assert run() == 1
+    assert len(runs()["Crash-v0__stand_in__1"]) == 1
+    Path("runs/suite/Crash-v0__stand_in__1__1").rename("runs/suite/aside")
+    assert run() == 1  # it crashes
+    Path("runs/suite/aside").rename("runs/suite/Crash-v0__stand_in__1__1")
+    Path("go").touch()
     assert run() == 0
-    assert_complete("Crash-v0__stand_in__1", "Good-v0__stand_in__1")
+    _, path = runs()["Crash-v0__stand_in__1"]
+    assert len(steps(path)) == 8
+
+
+# Runs that somebody has started by hand
+
+
+@contextmanager
+def locked(path: Path):
+    """Holds the lock of a run directory as a training does."""
+    with open(path / "metrics.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def test_lock():
+    path = write_run("A__x__1__1", CONFIG, [UPDATE | {"global_step": 16}])
+    assert not files.is_running(path) and run_state(path).status == "finished"
+    with locked(path):
+        assert files.is_running(path)
+        state = run_state(path)
+        assert state.status == "running" and not state.finished
+    assert not files.is_running(path)
+    assert not files.is_running(Path("nowhere"))
+
+
+def test_lock_without_fcntl(monkeypatch):
+    """As on Windows."""
+    path = write_run("A__x__1__1", CONFIG, [])
+    with locked(path):
+        monkeypatch.setattr(files, "fcntl", None)
+        assert not files.is_running(path)
+
+
+@pytest.mark.parametrize("rows", [[], [UPDATE], [UPDATE | {"global_step": 64}]])
+def test_run_by_hand_is_left_alone(rows, capsys):
+    """Wherever it has got to: it is shown and said to be running elsewhere, and nothing is started in its place."""
+    write_suite("Good-v0", "Other-v0")
+    path = write_run("Good-v0__stand_in__1__1", settings("Good-v0"), rows)
+    (path / "checkpoint.pt").write_text("[0, 0]")
+    with locked(path):
+        before = contents(path)
+        assert run("--dry-run") == 0
+        assert capsys.readouterr().out == "Good-v0 seed 1: running already\nOther-v0 seed 1: start\n"
+        assert run() == 1
+        output = capsys.readouterr().out
+        where = f"another process trains it in {path.resolve()}\n"
+        assert output.endswith(
+            f"Good-v0 seed 1 is still running elsewhere: {where}1 of 2 finished, 1 running elsewhere\n"
+            "The same command goes on with what is not finished.\n"
+        )
+        assert "Good-v0 seed 1: elsewhere" in output
+        assert contents(path) == before
+    assert len(runs()["Good-v0__stand_in__1"]) == 1
+    path.rename("aside")
+    assert run() == 0
+
+
+def test_run_by_hand_that_has_no_settings_yet():
+    """It locks its directory before it writes into it."""
+    write_suite("Good-v0")
+    path = Path("runs/suite/Good-v0__stand_in__1__1")
+    path.mkdir(parents=True)
+    with locked(path):
+        assert run() == 1
+    assert run() == 0
+    assert len(runs()["Good-v0__stand_in__1"]) == 2
+
+
+def test_harness_beside_a_run_by_hand():
+    """Neither disturbs the other; when the run has ended, the harness counts it, and goes on with what it left."""
+    write_suite("Wait-v0", "Good-v0")
+    words = [sys.executable, str(STAND_IN), "--env-id", "Wait-v0", "--runs-dir", "runs/suite", "--seed", "1"]
+    by_hand = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    while not reached("Wait-v0")():
+        time.sleep(0.02)
+    assert run() == 1
+    assert by_hand.poll() is None
+    by_hand.kill()
+    by_hand.wait()
+    Path("go").touch()
+    assert run() == 0
+    assert_complete("Wait-v0__stand_in__1", "Good-v0__stand_in__1")
+
+
+def test_run_that_is_resumed_by_hand_at_the_same_moment(monkeypatch):
+    """The lock was free when the harness looked: the script refuses, which does not make the run a broken one."""
+    write_suite("Crash-v0")
+    run()
+    (path,) = runs()["Crash-v0__stand_in__1"]
+    for module in (suite, benchmark.run):
+        monkeypatch.setattr(module, "is_running", lambda path: False)
+    with locked(path):
+        (task,) = [benchmark.run.Task(job, Path("runs/suite").resolve()) for job in load_suite("suite.toml").jobs()]
+        task.run(1)
+        assert (task.status, task.note) == ("elsewhere", "")
+        assert "is still running: another process writes to it" in task.tail()[-1]
+        assert run() == 1  # which does not try for ever
+    Path("go").touch()
+    assert run() == 0
+    assert_complete("Crash-v0__stand_in__1")
+
+
+# Names and paths that mean something elsewhere
+
+
+def test_environments_with_the_same_directory_name():
+    """They are three jobs, each with its own run, lock and log, though their directories' names begin alike."""
+    env_ids = ["m:Good-v0", "m-Good-v0", "m Good-v0"]
+    write_suite(*env_ids)
+    for _ in range(2):
+        assert run("--workers", "3") == 0
+        ((name, paths),) = runs().items()
+        assert name == "m-Good-v0__stand_in__1" and len(paths) == 3
+        assert sorted(json.loads((path / "config.json").read_text())["env_id"] for path in paths) == sorted(env_ids)
+        assert all(len(steps(path)) == 8 for path in paths)
+    jobs = load_suite("suite.toml").jobs()
+    assert len({job.key for job in jobs}) == 3 and len(list(Path("runs/suite/logs").iterdir())) == 3
+    for job, state in suite_runs(load_suite("suite.toml"), Path("runs/suite")).items():
+        assert state.config["env_id"] == job.env_id
+
+
+def test_keys_of_jobs():
+    """Plain names stay as they are; others that a directory cannot tell apart get different ones."""
+
+    def key(env_id, exp_name="x", seed=1):
+        return suite.Job("ppo.py", env_id, seed, (), exp_name).key
+
+    assert key("Good-v0", "stand_in") == "Good-v0__stand_in__1"
+    names = [key("a:b"), key("a-b"), key("a/b"), key("a__b", "c"), key("a", "b__c"), key("a_", "c"), key("a", "_c")]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
+
+
+STRANGE = [
+    "[red]Good-v0[/]",
+    "[/]",
+    ":smile:",
+    "Good-v0\n\x1b[31m",
+    "-Good-v0",
+    "$(touch pwned) `touch pwned`",
+    "*?[a]",
+]
+
+
+def test_strange_environments(capsys):
+    """Rich, the shell, globs and the terminal take nothing in a name for their own."""
+    write_suite(*STRANGE)
+    assert run() == 0
     output = capsys.readouterr().out
-    aside = path.with_name(f"{path.name}.broken")
-    assert f"Crash-v0 seed 1: {path.name} cannot be resumed and is now {aside.resolve()}; started anew\n" in output
-    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+    assert "\x1b" not in output and not Path("pwned").exists()
+    assert "Good-v0\\n\\x1b[31m seed 1: finished" in output
+    found = suite_runs(load_suite("suite.toml"), Path("runs/suite"))
+    assert sorted(state.config["env_id"] for state in found.values()) == sorted(STRANGE)
+    assert {len(paths) for paths in runs().values()} == {1}
+
+
+def test_table_of_strange_environments():
+    """A title or a name is no markup: an unknown tag would be an error, and a known one would not be seen."""
+    write_suite(*STRANGE)
+    tasks = [benchmark.run.Task(job, Path("runs")) for job in load_suite("suite.toml").jobs()]
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console.print(benchmark.run.Display(tasks, "[bold]A[/nothing] :x:").table())
+    text = console.export_text()
+    for name in ("[bold]A[/nothing] :x:", *STRANGE):
+        assert files_text(name) in text
+
+
+def files_text(name: str) -> str:
+    """The name without what would break a line."""
+    return name.replace("\n", "\\n").replace("\x1b", "\\x1b")
+
+
+@pytest.mark.parametrize("name", ["[1]*?", "a b'c\"d", "$HOME %j", "line\nbreak", "\udcff"])
+def test_strange_folder(name, capsys, monkeypatch):
+    """For the runs, and the suite."""
+    Path(name).mkdir()
+    monkeypatch.chdir(name)
+    write_suite("Good-v0")
+    Path("suite.toml").rename("[s] *?.toml")
+    for _ in range(2):
+        assert main(["run", "[s] *?.toml"]) == 0
+        ((path,),) = scan_runs(Path("runs/[s] *?")).values()
+        assert len(steps(path)) == 8
+    assert main(["run", "[s] *?.toml", "--seeds", "-3"]) == 2
+    assert main(["run", "no\nsuite.toml"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_suite_without_a_name(capsys):
+    """runs/.. is not where its runs should go."""
+    write_suite("Good-v0")
+    Path("suite.toml").rename("...toml")
+    assert main(["run", "...toml"]) == 2
+    assert "the file's name is that of the suite, and .. is no name" in capsys.readouterr().err
+
+
+def test_runs_are_found_from_anywhere(monkeypatch):
+    """A relative --runs-dir is that of where the command was given, also for what is started later."""
+    write_suite("Good-v0")
+    monkeypatch.setattr(benchmark.run, "Display", leaving(benchmark.run.Display, monkeypatch))
+    folder = Path.cwd()
+    assert run("--runs-dir", "here") == 0
+    assert Path.cwd() != folder and len(scan_runs(folder / "here")) == 1
+
+
+def leaving(display: type, monkeypatch):
+    """A Display that changes the working directory when it is made."""
+
+    def make(*args):
+        Path("elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        return display(*args)
+
+    return make
+
+
+def test_terminal_that_cannot_show_a_name():
+    write_suite("π-v0")
+    command = [sys.executable, "-m", "benchmark", "run", "suite.toml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u03c0-v0 seed 1: finished" in done.stdout
+
+
+# Symbolic links, and files that are being written
+
+
+def test_links_are_not_followed():
+    """What a log or a lock leads to belongs to somebody else."""
+    write_suite("Good-v0", "Other-v0")
+    for folder, name in (("logs", "Good-v0__stand_in__1.log"), (".locks", "Other-v0__stand_in__1")):
+        Path("runs/suite", folder).mkdir(parents=True)
+        Path("runs/suite", folder, name).symlink_to(Path("precious").resolve())
+    Path("precious").write_text("as it was")
+    assert run() == 1
+    assert Path("precious").read_text() == "as it was"
+    assert runs() == {}
+
+
+def test_file_is_replaced_at_once(monkeypatch):
+    """A link is replaced too, and not followed; what fails leaves the old file, and nothing beside it."""
+    Path("precious").write_text("as it was")
+    Path("file").symlink_to("precious")
+    files.write_file(Path("file"), "new")
+    assert not Path("file").is_symlink() and Path("file").read_text() == "new"
+    assert Path("precious").read_text() == "as it was"
+    assert os.stat("file").st_mode == os.stat("precious").st_mode
+    Path("folder").mkdir()
+    with pytest.raises(OSError):
+        files.write_file(Path("folder"), "new")
+    monkeypatch.setattr(files.os, "replace", read_only)
+    with pytest.raises(OSError):
+        files.write_file(Path("file"), "newer")
+    assert sorted(os.listdir()) == ["file", "folder", "precious"] and Path("file").read_text() == "new"
+
+
+def test_links_to_runs_can_be_read():
+    """Whoever keeps a run on another disk has put the link there."""
+    write_suite("A", flags=("--total-timesteps", "8"))
+    path = write_run("A__stand_in__1__1", settings(), [EPISODE, UPDATE])
+    path.rename("disk")
+    path.symlink_to(Path("disk").resolve())
+    assert run() == 0
 
 
 def test_run_without_a_checkpoint():
@@ -492,7 +900,7 @@ def test_directory_without_permission(capsys, monkeypatch):
     assert re.search(r"cannot write to \S+/runs/suite: \[Errno 30\] Read-only file system", line)
 
 
-def read_only(dir):
+def read_only(*_, **__):
     """Fails as a read-only file system does."""
     raise OSError(30, "Read-only file system")
 
@@ -663,6 +1071,7 @@ gym.register("Exploding-v0", Exploding, max_episode_steps=500)
 SMALL = ("--total-timesteps", "2560", "--num-envs", "2", "--num-steps", "64", "--checkpoint-interval", "1")
 
 
+@pytest.mark.slow
 def test_accidents_of_ppo(capsys):
     """A crash in the middle, a broken checkpoint and a run that is finished already."""
     Path("exploding.py").write_text(EXPLODING)
@@ -675,18 +1084,31 @@ def test_accidents_of_ppo(capsys):
     finished = runs()["CartPole-v1__ppo__1"][0] / "metrics.jsonl"
     before = finished.read_bytes()
     (broken,) = runs()["exploding-Exploding-v0__ppo__1"]
-    (broken / "checkpoint.pt").write_bytes((broken / "checkpoint.pt").read_bytes()[:1000])
+    checkpoint = (broken / "checkpoint.pt").read_bytes()
+    (broken / "checkpoint.pt").write_bytes(checkpoint[:1000])
+    assert run() == 1
+    assert f"{broken.resolve()} cannot be resumed: ppo.py: error: " in capsys.readouterr().out
+    (broken / "checkpoint.pt").write_bytes(checkpoint)
     assert run() == 0
-    assert f"{broken.name} cannot be resumed" in capsys.readouterr().out
     assert_complete("exploding-Exploding-v0__ppo__1", "CartPole-v1__ppo__1", batch=128, updates=20)
     assert finished.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_resuming_of_ppo():
-    """Stopped and resumed, it has every update once."""
+    """Stopped and resumed, it has every update once; while it runs nobody can resume it by hand."""
     write_suite("CartPole-v1", script="ppo.py", flags=("--total-timesteps", "25600", *SMALL[2:]))
     harness = Harness()
     harness.wait_for(reached("CartPole-v1", 128))
+    (process,) = trainings()
+    os.kill(process, signal.SIGSTOP)
+    ((path,),) = runs().values()
+    assert files.is_running(path)
+    words = [sys.executable, str(ROOT / "ppo.py"), "--resume", str(path)]
+    second = subprocess.run(words, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert second.stderr.endswith(f"{path.name} is still running: another process writes to it\n")
+    os.kill(process, signal.SIGCONT)
     assert harness.end(signal.SIGINT) == 130
     ((path,),) = runs().values()
     assert 0 < len(steps(path)) < 200

@@ -1,10 +1,13 @@
 """Curves, statistics, tables and figures of runs with known contents."""
 
+import fcntl
 import json
 import shutil
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from scipy import stats
 from synthetic import BATCH, make_run, make_suite
 
@@ -158,9 +161,9 @@ def test_other_suites_are_drawn_beside(draw, tmp_path):
     make_suite(tmp_path, env_ids=["m:A-v0"], name="unplotted")
     suite = make_suite(tmp_path, env_ids=["m:A-v0", "C-v0"], compare=["other", "unplotted"])
     for name, env_id, final in (
-        ("runs", "m-A-v0", 9),
+        ("runs", "m:A-v0", 9),
         ("runs", "C-v0", 8),
-        ("others", "m-A-v0", 4),
+        ("others", "m:A-v0", 4),
         ("others", "B-v0", 3),
     ):
         for seed in (1, 2, 3):
@@ -232,6 +235,145 @@ def test_other_metrics(draw, tmp_path):
     assert (tmp_path / "img/made_losses-entropy.png").exists()
     assert "made.csv" not in [path.name for path in (tmp_path / "results").iterdir()]
     draw(suite, metric="losses/explained_variance")
+
+
+STRANGE = [
+    "A|B-v0",
+    "<b>x</b>-v0",
+    "$\\frac$-v0",
+    "*a* _b_ `c` [d](e)-v0",
+    "a\nb\x1b[31m-v0",
+    "\\|-v0",
+    "---",
+    "&amp;-v0",
+]
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, as a reader sees them."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    assert tokens[0].type == "table_open" and tokens[-1].type == "table_close"
+    found = []
+    for token in tokens:
+        if token.type == "tr_open":
+            found.append([])
+        elif token.type == "inline":
+            assert all(child.type in ("text", "text_special") for child in token.children)  # no tag, no emphasis
+            found[-1].append("".join(child.content for child in token.children))
+    return found
+
+
+def test_names_that_mean_something_elsewhere(draw, tmp_path, capsys):
+    """In a Markdown table, in a formula of matplotlib's, in XML, on a terminal: they are shown as they are."""
+    suite = make_suite(
+        tmp_path, STRANGE, [1], title="$\\frac$ <b>", published_label="a|b", published={STRANGE[0]: [1, 2]}
+    )
+    for env_id in STRANGE:
+        make_run(tmp_path / "runs", env_id, 1, [3] * 20)
+    folders = [f"--{name}={tmp_path / name}" for name in ("runs-dir", "results", "output")]
+    (tmp_path / "runs").rename(tmp_path / "runs-dir")
+    assert benchmark(["plot", str(suite), *folders]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    table = cells(output)
+    shown = [env_id.replace("\n", "\\n").replace("\x1b", "\\x1b") for env_id in STRANGE]
+    assert [row[0] for row in table] == ["environment", *shown]
+    assert table[0][3] == "a|b" and {len(row) for row in table} == {5}
+    svg = (tmp_path / "output/made.svg").read_text()
+    ElementTree.fromstring(svg)
+    assert "<!-- $\\frac$ &lt;b&gt; -->" in svg and "<!-- $\\frac$-v0 -->" in svg
+    draw(suite, runs_dir=tmp_path / "nothing")  # from the CSV
+    assert cells((tmp_path / "results/made.md").read_text()) == table
+
+
+def test_environments_of_one_name_in_two_modules(draw, tmp_path):
+    """Where the name alone says too little, the module stands before it."""
+    suite = make_suite(tmp_path, ["a:X-v0", "b:X-v0"], [1])
+    for env_id, value in (("a:X-v0", 3), ("b:X-v0", 4)):
+        make_run(tmp_path / "runs", env_id, 1, [value] * 20)
+    rows, _ = draw(suite)
+    assert [rows[env_id][0] for env_id in ("a:X-v0", "b:X-v0")] == ["3.0 (1 seed)", "4.0 (1 seed)"]
+
+
+def test_suites_of_one_title(draw, tmp_path):
+    """Both are drawn beside a third one."""
+    for name, final in (("one", 1), ("two", 2), ("three", 3)):
+        suite = make_suite(tmp_path, ["A-v0"], [1], name=name, compare=["one", "two"] if name == "three" else ["one"])
+        make_run(tmp_path / name, "A-v0", 1, [final] * 20)
+        rows, _ = draw(suite, runs_dir=tmp_path / name)
+    assert rows["A-v0"][::2] == ["3.0 (1 seed)", "1.0 (1 seed)", "2.0 (1 seed)"] + rows["A-v0"][6:]
+    assert [head.partition(":")[0] for head in rows["environment"][:6:2]] == ["ppo.py", "Made up", "Made up (two)"]
+    svg = (tmp_path / "img/three.svg").read_text()
+    assert "<!-- Made up, 1 seed -->" in svg and "<!-- Made up (two), 1 seed -->" in svg
+
+
+def test_broken_and_running_runs(draw, tmp_path, capsys):
+    """A broken one is named in one line and left out, and the exit code says so; what still runs is unfinished."""
+    suite = make_suite(tmp_path, ["A-v0"], [1, 2, 3])
+    paths = [make_run(tmp_path / "runs", "A-v0", seed, [seed] * 20) for seed in (1, 2, 3)]
+    (paths[0] / "config.json").write_text('{"env_id": "A-v0", "se')
+    folders = [f"--runs-dir={tmp_path / 'runs'}", f"--results={tmp_path}", f"--output={tmp_path}"]
+    with open(paths[1] / "metrics.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert benchmark(["plot", str(suite), *folders]) == 1
+    out, err = capsys.readouterr()
+    assert "3.0 (1 seed, 1 more unfinished)" in out
+    first, second, third = err.splitlines()
+    assert first.startswith(f"{paths[0]} is broken: config.json cannot be read: ")
+    assert second == "A-v0: no run of seed 1" and third.startswith("A-v0 seed 2 is unfinished: ")
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"global_step": 999, "wall_ti', '{"global_step": "x", "charts/SPS": {}}\n', "\0" * 9]
+)
+def test_torn_metrics(draw, tmp_path, torn):
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    with open(make_run(tmp_path / "runs", "A-v0", 1, [3] * 20) / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    rows, err = draw(suite)
+    assert rows["A-v0"][0] == "3.0 (1 seed)" and err == ""
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"runs": [1]}', '{"runs": [], "unfinished": {"A-v0": {"1": "x"}}}'])
+def test_broken_sidecar(text, tmp_path, capsys):
+    """The JSON file beside a CSV, which says what the CSV does not."""
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
+    folders = [f"--runs-dir={tmp_path / 'runs'}", f"--results={tmp_path}", f"--output={tmp_path}"]
+    assert benchmark(["plot", str(suite), *folders]) == 0
+    (tmp_path / "made.json").write_text(text)
+    csv = (tmp_path / "made.csv").read_bytes()
+    capsys.readouterr()
+    for words in (["--add", folders[0]], ["--runs-dir=nowhere"]):
+        assert benchmark(["plot", str(suite), *words, *folders[1:]]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"benchmark plot: error: cannot read {tmp_path / 'made.json'}: ")
+    assert (tmp_path / "made.csv").read_bytes() == csv
+
+
+def test_links_are_replaced_and_not_followed(draw, tmp_path):
+    """What is written has no way out of the folders that are given for it."""
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
+    names = ["results/made.csv", "results/made.json", "results/made.md", "img/made.png", "img/made.svg"]
+    (tmp_path / "precious").write_text("{")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    draw(suite)
+    assert (tmp_path / "precious").read_text() == "{"
+    assert not any((tmp_path / name).is_symlink() for name in names)
+    written = [path for folder in ("results", "img") for path in (tmp_path / folder).iterdir()]
+    assert sorted(str(path.relative_to(tmp_path)) for path in written) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((plot.ROOT / "benchmark" / "results").glob("*.csv")), ids=lambda path: path.stem
+)
+def test_committed_data_say_where_they_come_from(path):
+    """Beside each CSV stands the command, and the commit."""
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts["command"].startswith("python -m benchmark") and facts["commit"]
 
 
 def test_bad_input(tmp_path, capsys):

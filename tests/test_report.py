@@ -1,11 +1,13 @@
 """The interactive page, in a headless browser without a network."""
 
+import fcntl
+import json
 import os
 import shutil
 import subprocess
 
 import pytest
-from synthetic import BATCH, make_run, make_suite
+from synthetic import BATCH, make_run, make_suite, one_at_a_time
 
 from benchmark import report
 from benchmark.__main__ import main as benchmark
@@ -16,17 +18,39 @@ WAIT = 300_000  # milliseconds after which a test gives up; a busy machine needs
 @pytest.fixture(scope="module")
 def chromium():
     """Path of Debian's chromium, which is installed if need be; without it the tests are skipped."""
-    if not shutil.which("chromium") and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run(["apt-get", "update"], capture_output=True)
-        subprocess.run(["apt-get", "install", "--yes", "chromium"], capture_output=True)
+    with one_at_a_time("install"):
+        if not shutil.which("chromium") and shutil.which("apt-get") and os.geteuid() == 0:
+            subprocess.run(["apt-get", "update"], capture_output=True)
+            subprocess.run(["apt-get", "install", "--yes", "chromium"], capture_output=True)
     return shutil.which("chromium") or pytest.skip("chromium cannot be installed here")
 
 
 @pytest.fixture(scope="module")
-def page(chromium, tmp_path_factory):
-    """The page of a suite of two environments with three seeds, in a browser that is offline."""
+def open_page(chromium):
+    """Opens pages in a browser that is offline; each page notes its errors and what it asks for."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=WAIT)
+        context = browser.new_context(offline=True, viewport={"width": 1300, "height": 700})
+        context.set_default_timeout(WAIT)
+
+        def open_one(path):
+            tab = context.new_page()
+            tab.problems, tab.requests = [], []
+            tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+            tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
+            tab.on("request", lambda request: tab.requests.append(request.url))
+            tab.goto(path.as_uri())
+            return tab
+
+        yield open_one
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(open_page, tmp_path_factory):
+    """The page of a suite of two environments with three seeds."""
     folder = tmp_path_factory.mktemp("report")
     suite, other = make_suite(folder), make_suite(folder, ["A-v0"], [10], name="other")
     for seed in (1, 2, 3):
@@ -35,18 +59,7 @@ def page(chromium, tmp_path_factory):
     make_run(folder / "runs", "A-v0", 10, range(7))
     words = [str(suite), str(other), f"--runs-dir={folder / 'runs'}", f"--output={folder / 'report.html'}"]
     assert benchmark(["report", *words]) == 0
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=WAIT)
-        context = browser.new_context(offline=True, viewport={"width": 1300, "height": 700})
-        context.set_default_timeout(WAIT)
-        tab = context.new_page()
-        tab.problems, tab.requests = [], []
-        tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-        tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda request: tab.requests.append(request.url))
-        tab.goto((folder / "report.html").as_uri())
-        yield tab
-        browser.close()
+    return open_page(folder / "report.html")
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +143,85 @@ def test_smoothing(page):
     assert page.inner_text("#smoothing-value") == "0.9"
 
 
-def test_names_cannot_break_the_page():
-    runs = [{"name": "</script><script>alert(1)</script>"}]
-    assert "</script><script>alert" not in report.page(runs)
+STRANGE = [
+    "</script><script>document.title='caught'</script>",
+    "<img src=x onerror=document.title='caught'>",
+    "<!--<script>",
+    "<b>bold</b><br>&amp;&#65;%{x}${1}",
+    "<a href='https://example.com'>$x$</a>",
+    "'\"`\\",
+    "\u2028 \u202e",
+]
+
+
+# Points at the second point of a curve; whether its environment is then to be read there.
+HOVER = """index => {
+    const trace = get('figure').data[index], axes = [trace.xaxis, trace.yaxis];
+    const panel = axes.map(axis => axis.replace(/^(.)1$/, '$1')).join('');
+    Plotly.Fx.hover('figure', [{curveNumber: index, pointNumber: 1}], panel);
+}"""
+HOVERED = """index => {
+    const label = document.querySelector('#figure .hoverlayer .hovertext');
+    return label && label.textContent.includes(DATA.runs[index].env);
+}"""
+
+
+def test_names_cannot_break_the_page(open_page, tmp_path):
+    """Whatever is in them is shown as it is, in the list, over the panels, in the legend and under the pointer."""
+    suite = make_suite(tmp_path, STRANGE, [1])
+    for env_id in STRANGE:
+        path = make_run(tmp_path / "runs", env_id, 1, [1, 2, 3], metric=env_id)
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.dumps(row | ({f"x/{env_id}": 1} if "charts/SPS" in row else {})) for row in lines]
+        (path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    output = tmp_path / "report.html"
+    assert benchmark(["report", str(suite), f"--runs-dir={tmp_path / 'runs'}", f"--output={output}"]) == 0
+    page = open_page(output)
+    expected = sorted(STRANGE)
+    boxes = page.evaluate("[...document.querySelectorAll('#envs input')].map(box => box.value)")
+    assert sorted(boxes) == expected
+    page.select_option("#color", "env")
+    for places in (".annotation-text", ".legendtext"):
+        shown = page.evaluate(f"[...document.querySelectorAll('#figure {places}')].map(e => e.textContent)")
+        assert sorted(shown) == expected
+    for index in range(len(STRANGE)):
+        page.evaluate(HOVER, index)
+        page.wait_for_function(HOVERED, arg=index, timeout=20_000)  # plotly takes a moment
+    for env_id in STRANGE:
+        page.select_option("#metric", f"x/{env_id}")
+        assert page.evaluate("document.querySelector('#figure .gtitle').textContent") == f"x/{env_id}"
+    assert page.title() == "ppo37: runs" and page.locator("img").count() == page.locator("#figure a[href]").count() == 0
+    assert page.problems == [] and all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)
+
+
+def test_broken_and_running_runs(tmp_path, capsys):
+    """A broken one is named in one line, and the exit code says so; the others are there."""
+    suite = make_suite(tmp_path, ["A-v0"], [1, 2, 3])
+    paths = [make_run(tmp_path / "runs", "A-v0", seed, [seed] * 20) for seed in (1, 2, 3)]
+    (paths[0] / "config.json").write_text("{}")
+    with open(paths[1] / "metrics.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write('{"global_step": 99999, "wall_')  # it is about to write more
+        file.flush()
+        runs, _ = report.load_runs(report.Args([str(suite)], tmp_path / "runs"))
+        assert [(run["seed"], run["status"]) for run in runs] == [("2", "running"), ("3", "")]
+        capsys.readouterr()
+        words = [f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path / 'report.html'}"]
+        assert benchmark(["report", str(suite), *words]) == 1
+    out, err = capsys.readouterr()
+    assert "2 runs" in out and err.startswith(f"{paths[0]} is broken: in config.json ") and err.count("\n") == 1
+
+
+def test_page_replaces_a_link(tmp_path):
+    suite = make_suite(tmp_path, ["A-v0"], [1])
+    make_run(tmp_path / "runs", "A-v0", 1, [1])
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "report.html").symlink_to(tmp_path / "precious")
+    assert (
+        benchmark(["report", str(suite), f"--runs-dir={tmp_path / 'runs'}", f"--output={tmp_path / 'report.html'}"])
+        == 0
+    )
+    assert (tmp_path / "precious").read_text() == "as it was" and not (tmp_path / "report.html").is_symlink()
 
 
 def test_hundreds_of_runs_are_thinned_out(tmp_path, monkeypatch):
@@ -140,7 +229,7 @@ def test_hundreds_of_runs_are_thinned_out(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ALL_POINTS", 12_000)
     for seed in range(1, 301):
         make_run(tmp_path / "runs", "A-v0", seed, range(60), total=60)
-    runs = report.load_runs(report.Args([str(suite)], tmp_path / "runs"))
+    runs, _ = report.load_runs(report.Args([str(suite)], tmp_path / "runs"))
     assert len(runs) == 300
     assert {len(run["steps"]) for run in runs} == {40}
     assert all(run["steps"][-1] == 60 * BATCH for run in runs)

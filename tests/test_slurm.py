@@ -1,7 +1,9 @@
 """The runner on a real Slurm: one machine, started by start_slurm.sh; skipped only where that is impossible."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from synthetic import one_at_a_time
 
-from benchmark.suite import find_runs, load_suite, run_state
+from benchmark.suite import find_runs, load_suite, run_state, suite_runs
 
 pytestmark = pytest.mark.slow
 WAIT = 300  # seconds after which a test gives up
 SMALL = ["--total-timesteps", "2560", "--num-envs", "2", "--num-steps", "64"]
 STAND_IN = str(ROOT / "tests" / "stand_in.py")
+# python -m benchmark, but it asks Slurm more often.
+BENCHMARK = """
+import sys, benchmark.run, benchmark.slurm, benchmark.__main__
+benchmark.run.POLL = benchmark.slurm.QUEUE_POLL = 0.5
+sys.exit(benchmark.__main__.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +36,8 @@ def cluster(tmp_path_factory):
         pytest.skip("only root can start Slurm, and start_slurm.sh knows Debian alone")
     directory = tmp_path_factory.mktemp("slurm")
     command = ["bash", str(ROOT / "tests/start_slurm.sh"), str(directory)]
-    started = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    with one_at_a_time("install"):
+        started = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if started.returncode == 100:  # apt-get's exit code
         pytest.skip(f"Slurm cannot be installed: {started.stderr}")
     assert started.returncode == 0, started.stderr
@@ -59,15 +69,15 @@ def wait_for(condition) -> None:
         time.sleep(0.2)
 
 
-def write_suite(*env_ids: str, script: str = STAND_IN, flags: list[str] | None = None) -> None:
+def write_suite(*env_ids: str, script: str = STAND_IN, flags: list[str] | None = None, file="suite.toml") -> None:
     """Writes suite.toml."""
     lines = {"title": "A suite", "script": script, "env_ids": env_ids, "seeds": [1], "flags": flags or []}
-    Path("suite.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    Path(file).write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
 
 
-def start(*words: str) -> subprocess.Popen:
+def start(*words: str, file="suite.toml") -> subprocess.Popen:
     """The harness in a process of its own."""
-    command = [sys.executable, "-m", "benchmark", "run", "suite.toml", *words]
+    command = [sys.executable, "-c", BENCHMARK, "run", file, *words]
     with open("output", "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file)
 
@@ -174,7 +184,7 @@ def test_watching_again():
     number = job_state("%A")
     assert f"Slurm goes on with {number}: scancel stops them.\n" in Path("output").read_text()
     both = [start("--launcher", "slurm") for _ in range(2)]
-    time.sleep(10)
+    wait_for(lambda: Path("output").read_text().count("Wait-v0 seed 1: running") == 3)
     assert job_state("%A") == number
     Path("go").touch()
     assert [harness.wait(WAIT) for harness in both] == [0, 0]
@@ -205,9 +215,48 @@ def test_failed_job():
     assert output.splitlines()[-2] == "1 of 2 finished, 1 failed"
 
 
+def test_names_that_mean_something_to_slurm_or_the_shell():
+    """Suite, directory, environments and options: all of it is in the script, and none of it runs."""
+    name, folder = "a b's [1] $x #.toml", "r [1] $x 'q' \"d\" ;#"
+    env_ids = ["m:Good-v0 $(touch pwned)", "m-Good-v0 `touch pwned`", "m;Good-v0 $(touch pwned)"]  # some collide
+    write_suite(*env_ids, file=name)
+    options = ['comment=it\'s $(touch pwned) "here"', "setup=touch set-up"]
+    words = ["--launcher", "slurm", "--runs-dir", folder, "--slurm", *options]
+    assert start(*words, file=name).wait(WAIT) == 0, Path("output").read_text()
+    found = suite_runs(load_suite(name), Path(folder))
+    assert [job.env_id for job in found] == env_ids and all(state.finished for state in found.values())
+    assert len(list(Path(folder).glob("*__stand_in__1__*"))) == 3
+    assert Path("set-up").exists() and not Path("pwned").exists()
+
+
+def test_runs_that_are_left_alone():
+    """One that somebody trains by hand, and one that is broken: nothing is submitted for them."""
+    write_suite("Good-v0", "Crash-v0", "Other-v0")
+    assert start().wait(WAIT) == 1
+    for path in Path("runs/suite").glob("Other-v0__*"):
+        shutil.rmtree(path)
+    (by_hand,) = Path("runs/suite").glob("Good-v0__*")
+    (broken,) = Path("runs/suite").glob("Crash-v0__*")
+    (broken / "config.json").write_text("{")
+    with open(by_hand / "metrics.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_on_slurm() == 1
+    output = Path("output").read_text()
+    assert output.splitlines()[-2] == "1 of 3 finished, 1 running elsewhere, 1 broken"
+    assert f"Crash-v0 seed 1: {broken.resolve()} is broken: config.json cannot be read: " in output
+    assert f"Good-v0 seed 1 is still running elsewhere: another process trains it in {by_hand.resolve()}\n" in output
+    assert len(list(Path("runs/suite/slurm").glob("*submitted.pkl"))) == 1
+
+
 def test_bad_options():
     write_suite("Good-v0")
-    for option, message in (("partition=nope", "nvalid partition"), ("tim=3", "Unavailable parameter"), ("x", "NAME=")):
-        assert run_on_slurm("--slurm", option) == 2
+    for option, message in (
+        ("partition=nope", "nvalid partition"),
+        ("tim=3", "Unavailable parameter"),
+        ("x", "NAME="),
+        ("comment=a\ntouch pwned", "a line break in it would be a line of Slurm's script"),
+        ("--runs-dir=50%j", "the path has %, a backslash or a control character"),
+    ):
+        assert run_on_slurm(*(["--slurm"] * ("--" not in option)), option) == 2
         line = Path("output").read_text().splitlines()[-1]
         assert line.startswith("benchmark run: error: ") and message in line

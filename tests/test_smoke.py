@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_runs import metrics
+from synthetic import metrics
 from test_upload import read_offline
 
 WAIT = 600  # seconds after which a command has hung

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -52,7 +53,7 @@ def test_speed_without_start_up(benchmark, tmp_path):
     code, out, _ = benchmark("peer=peer {steps}", modes=["eager", "compile", "amp"], output=output)
     assert code == 0
     table = rows(out)
-    assert table["command"] == ["steps/s, median", "min-max", "memory, MiB", "vs peer"]
+    assert table["command"] == ["steps/s, median", "min-max", "memory, MiB", "vs peer, median of the rounds' ratios"]
     assert list(table)[2:] == list(SPEEDS)
     saved = json.loads(output.read_text())
     for name, speed in SPEEDS.items():
@@ -67,6 +68,8 @@ def test_speed_without_start_up(benchmark, tmp_path):
     assert saved["failures"] == {}
     assert saved["commands"]["peer"] == "peer {steps}"
     assert saved["versions"]["python"] and saved["machine"] and saved["command"].startswith("python -m benchmark")
+    assert saved["commit"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["speed.json", "speed.md"]
 
 
 def test_commands_take_turns(benchmark):
@@ -112,7 +115,7 @@ def test_what_fails_is_left_out(benchmark, monkeypatch, tmp_path):
     )  # fmt: skip
     assert code == 1
     assert list(rows(out))[2:] == ["flaky", "fake.py"]
-    assert rows(out)["command"][3:] == ["vs flaky"]
+    assert rows(out)["command"][3:] == ["vs flaky, median of the rounds' ratios"]
     lines = [line for line in err.splitlines() if " failed: " in line]
     assert "no such program failed: [Errno 2]" in lines[0] and "no-such-program" in lines[0]
     assert lines[1:] == [
@@ -127,6 +130,37 @@ def test_what_fails_is_left_out(benchmark, monkeypatch, tmp_path):
     }
     assert len(saved["failures"]) == 4
     assert output.read_text() == out
+
+
+def test_names_and_files_as_they_are_given(benchmark, monkeypatch, tmp_path):
+    """A bar in a name does not make a column, and a dot in a file's name is not where it ends."""
+    target = tmp_path / "precious"
+    target.write_text("as it was")
+    (tmp_path / "v1.2.json").symlink_to(target)
+    code, out, err = benchmark(
+        "a|b\n=peer {steps}", script="fake.py", modes=["eager"], rounds=1, output=tmp_path / "v1.2"
+    )
+    assert code == 0 and "round 1: a|b\\n" in err
+    assert [line.count(" | ") for line in out.splitlines()] == [4, 0, 4, 4]
+    assert "| a\\|b\\\\n | " in out
+    assert list(json.loads((tmp_path / "v1.2.json").read_text())["commands"]) == ["a|b\n", "fake.py"]
+    assert target.read_text() == "as it was"
+    assert {path.name for path in tmp_path.iterdir()} == {"fake.py", "precious", "v1.2.json", "v1.2.md"}
+
+
+COMMITTED = sorted((ROOT / "benchmark" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_numbers_say_where_they_come_from(path):
+    facts = json.loads(path.read_text())
+    assert facts["command"].startswith("python -m benchmark") and re.fullmatch(r"[0-9a-f]{7,}", facts["commit"])
+
+
+def test_environments_alone(tmp_path):
+    """python -m benchmark.env_only takes a script's flags."""
+    command = f"{throughput.PYTHON} -m benchmark.env_only ppo --num-envs 3 --total-timesteps {{steps}}"
+    assert throughput.measure(command, 3000, str(tmp_path))[0] > 0
 
 
 def test_nothing_can_be_measured(benchmark, monkeypatch):
@@ -161,6 +195,7 @@ def test_number_of_environments(benchmark, monkeypatch):
         ({"peer": ["a=train 100"]}, "--peer must be NAME=COMMAND with {steps}"),
         ({"peer": ["a=x {steps}", "a=y {steps}"]}, "two peers have the name a"),
         ({"peer": ["a=x '{steps}"]}, "--peer a: No closing quotation"),
+        ({"peer": ["ppo.py=x {steps}"]}, "a peer cannot have the name ppo.py: that is our script's"),
         ({"script": "ppo_quantum"}, "there is no script .*ppo_quantum.py"),
         ({"rounds": 0}, "--steps, --rounds and --seconds must be above 0"),
         ({"num_envs": [4, 0]}, "--num-envs must be above 0"),
@@ -176,7 +211,7 @@ def test_bad_input(settings, message):
 
 def test_ctrl_c_ends_the_training_under_way(monkeypatch, tmp_path):
     """A benchmark that is interrupted leaves no process behind."""
-    started, wait4 = [], os.wait4
+    started = []
 
     def interrupted(pid, options):
         started.append(pid)
@@ -185,7 +220,7 @@ def test_ctrl_c_ends_the_training_under_way(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "wait4", interrupted)
     with pytest.raises(KeyboardInterrupt):
         throughput.measure("sleep 60", 1, str(tmp_path))
-    assert os.waitstatus_to_exitcode(wait4(started[0], 0)[1]) == -9
+    assert not Path(f"/proc/{started[0]}").exists()
 
 
 def test_provenance_without_git(monkeypatch):

@@ -1,12 +1,13 @@
 """Uploading runs: offline, what is written is read back; online, by a service that is made up."""
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from synthetic import make_run, make_suite
-from test_runs import metrics, offline_records
+from synthetic import make_run, make_suite, metrics, offline_records
 
 from benchmark import upload
 from benchmark.__main__ import main as benchmark
@@ -15,6 +16,11 @@ from benchmark.__main__ import main as benchmark
 @pytest.fixture
 def suite(tmp_path):
     """A suite of three jobs: one run with a video, one without, and one that is unfinished."""
+    return make_finished(tmp_path)
+
+
+def make_finished(tmp_path: Path) -> Path:
+    """Writes the suite and the runs; returns the suite's file."""
     made = make_suite(tmp_path, env_ids=["A-v0"], seeds=[1, 2, 3])
     for seed, updates in ((1, 20), (2, 20), (3, 6)):
         make_run(tmp_path / "runs", "A-v0", seed, range(updates))
@@ -71,7 +77,7 @@ def read_offline(file: Path) -> Sent:
     return sent
 
 
-def test_offline(send, tmp_path, monkeypatch):
+def test_offline(tmp_path, monkeypatch, capsys):
     """The written files hold all that the runs hold; a second upload writes nothing."""
     import wandb
 
@@ -79,10 +85,19 @@ def test_offline(send, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
     wandb.teardown()  # what other tests have set must not last
+    tmp_path /= "[1] *?"  # in which glob patterns must not be seen
+    tmp_path.mkdir()
+    made = make_finished(tmp_path)
+
+    def send(*words):
+        code = benchmark(["upload", str(made), f"--runs-dir={tmp_path / 'runs'}", "--project=trials", *words])
+        return code, *capsys.readouterr()
+
     before = local_files(tmp_path)
     code, out, err = send("--tags", "first", "second")
     assert (code, err) == (0, "A-v0__ppo__3__1700000003 is not sent: it is unfinished\n")
     assert "default/trials (offline): 2 sent, 1 unfinished" in out
+    wandb.teardown()  # until then it may still be writing
     assert local_files(tmp_path) == before
     for seed, videos in ((1, ["videos/episode-0.mp4"]), (2, [])):
         path = tmp_path / f"runs/A-v0__ppo__{seed}__{1_700_000_000 + seed}"
@@ -188,10 +203,62 @@ def test_a_lost_or_broken_record_changes_nothing(send, service, tmp_path):
     """The service knows what it has."""
     assert send()[0] == 0
     (tmp_path / "runs/A-v0__ppo__1__1700000001/uploaded.json").unlink()
-    (tmp_path / "runs/A-v0__ppo__2__1700000002/uploaded.json").write_text("{")
-    code, out, _ = send()
-    assert code == 0 and "2 sent" in out
-    assert [len(rows) for rows in service.rows.values()] == [40, 40]
+    record = tmp_path / "runs/A-v0__ppo__2__1700000002/uploaded.json"
+    for broken in ("{", "[]", '{"default/trials": 3}', '{"default/trials": {"lines": "x", "videos": []}}'):
+        record.write_text(broken)
+        code, out, _ = send()
+        assert code == 0 and "1 sent" in out or "2 sent" in out
+        assert [len(rows) for rows in service.rows.values()] == [40, 40]
+
+
+def test_broken_and_running_runs(send, service, tmp_path):
+    """They are not sent, in one line each, and the others are."""
+    runs = tmp_path / "runs"
+    config = json.loads((runs / "A-v0__ppo__1__1700000001/config.json").read_text())
+    (runs / "A-v0__ppo__1__1700000001/config.json").write_text(json.dumps(config | {"num_steps": "128"}))
+    with open(runs / "A-v0__ppo__2__1700000002/metrics.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, out, err = send()
+    assert code == 1
+    assert err.splitlines() == [
+        "A-v0__ppo__1__1700000001 is not sent: in config.json num_steps is '128'",
+        "A-v0__ppo__2__1700000002 is not sent: it is still running",
+        "A-v0__ppo__3__1700000003 is not sent: it is unfinished",
+    ]
+    assert out == "default/trials: 2 unfinished, 1 broken\n"
+    assert send()[1].endswith("default/trials: 1 sent, 1 unfinished, 1 broken\n")
+
+
+def test_torn_line(send, service, tmp_path):
+    """It is said which one it is; the other run is sent."""
+    path = tmp_path / "runs/A-v0__ppo__1__1700000001/metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:], ""]))
+    code, out, err = send()
+    assert code == 1 and "1 sent, 1 unfinished, 1 failed" in out
+    assert "A-v0__ppo__1__1700000001 is not sent: line 4 of its metrics.jsonl is broken\n" in err
+
+
+def test_links_are_not_followed(send, service, tmp_path, monkeypatch):
+    """A run directory of somebody else's cannot have files sent, or written over, that are not its own."""
+    saved, run = [], tmp_path / "runs/A-v0__ppo__1__1700000001"
+    monkeypatch.setattr(ServiceRun, "save", lambda self, path, **_: saved.append(path))
+    (tmp_path / "precious").write_text("{}")
+    (run / "videos/secret.mp4").symlink_to(tmp_path / "precious")
+    for name in ("uploaded.json", "uploaded.json.tmp"):
+        (run / name).symlink_to(tmp_path / "precious")
+    assert send()[0] == 0
+    assert saved == [run / "videos/episode-0.mp4"]
+    assert (tmp_path / "precious").read_text() == "{}" and not (run / "uploaded.json").is_symlink()
+    shutil.rmtree(run / "videos")
+    (run / "videos").symlink_to(tmp_path)
+    (tmp_path / "other.mp4").touch()
+    assert send()[0] == 0 and len(saved) == 1
+    other = tmp_path / "runs/A-v0__ppo__2__1700000002"
+    (other / "wandb").symlink_to(tmp_path)
+    (other / "uploaded.json").unlink()
+    code, _, err = send()
+    assert code == 1 and f"{other.name} is not sent: its folder wandb is a symbolic link" in err
 
 
 def test_lines_that_do_not_arrive(send, service, monkeypatch):
