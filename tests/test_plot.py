@@ -16,7 +16,11 @@ from benchmark.__main__ import main as benchmark
 from benchmark.plot import Curve
 from benchmark.suite import InputError, read_metrics
 
-RNG = np.random.default_rng(1)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that do not depend on which tests came before."""
+    return np.random.default_rng(1)
 
 
 @pytest.fixture
@@ -39,8 +43,8 @@ def curve(values, steps=None, part=1.0) -> Curve:
     return Curve(steps, steps / 10, np.asarray(values, float), part)
 
 
-def test_curve_is_the_mean_of_the_last_100_episodes(tmp_path):
-    returns = RNG.normal(size=300)
+def test_curve_is_the_mean_of_the_last_100_episodes(tmp_path, rng):
+    returns = rng.normal(size=300)
     columns = read_metrics(make_run(tmp_path, "A-v0", 1, returns))
     values = plot.metric_by_update(columns, plot.RETURN)
     expected = [returns[max(0, update - 100) : update].mean() for update in range(1, 301)]
@@ -61,9 +65,9 @@ def test_curve_before_the_first_episode():
 
 
 @pytest.mark.parametrize("statistic", ["mean", "iqm"])
-def test_statistics_equal_scipy(statistic):
+def test_statistics_equal_scipy(statistic, rng):
     """What is drawn at each point is what scipy says about the seeds there."""
-    values = RNG.normal(size=(8, plot.POINTS))
+    values = rng.normal(size=(8, plot.POINTS))
     _, center, low, high = plot.aggregate([curve(row) for row in values], statistic, "steps")
     for column in (0, 60, plot.POINTS - 1):
         seeds = values[:, column]
@@ -73,7 +77,9 @@ def test_statistics_equal_scipy(statistic):
             expected = np.sort(seeds)[2:6].mean()  # the middle half
             function = lambda x, axis: stats.trim_mean(x, 0.25, axis=axis)  # noqa: E731
         assert center[column] == pytest.approx(expected)
-        bounds = stats.bootstrap((seeds,), function, method="percentile", n_resamples=20_000).confidence_interval
+        bounds = stats.bootstrap(
+            (seeds,), function, method="percentile", n_resamples=20_000, rng=rng
+        ).confidence_interval
         width = bounds.high - bounds.low
         assert low[column] == pytest.approx(bounds.low, abs=0.06 * width)
         assert high[column] == pytest.approx(bounds.high, abs=0.06 * width)

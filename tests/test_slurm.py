@@ -183,8 +183,9 @@ def test_watching_again():
     assert harness.wait(WAIT) == 130
     number = job_state("%A")
     assert f"Slurm goes on with {number}: scancel stops them.\n" in Path("output").read_text()
+    seen = Path("output").read_text().count("Wait-v0 seed 1: running")
     both = [start("--launcher", "slurm") for _ in range(2)]
-    wait_for(lambda: Path("output").read_text().count("Wait-v0 seed 1: running") == 3)
+    wait_for(lambda: Path("output").read_text().count("Wait-v0 seed 1: running") == seen + 2)
     assert job_state("%A") == number
     Path("go").touch()
     assert [harness.wait(WAIT) for harness in both] == [0, 0]
