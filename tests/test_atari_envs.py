@@ -22,12 +22,22 @@ from ale_py import Action, ALEInterface, LoggerMode, roms
 from gymnasium.spaces import Box, Discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vector_env import equal
 
 import ppo_atari
 from ppo_atari import Args, InputError, make_envs
 
 BACKENDS = ["gymnasium", "envpool"]
+
+
+def equal(ours, theirs):
+    """Equality of nested infos."""
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in theirs)
+    if theirs.dtype == object:
+        return len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+    return np.array_equal(ours, theirs)
+
+
 needs_envpool = pytest.mark.skipif(importlib.util.find_spec("envpool") is None, reason="EnvPool exists for Linux only")
 EACH_BACKEND = ["gymnasium", pytest.param("envpool", marks=needs_envpool)]
 # No no-ops but one, no FIRE: with these both backends start a game in the same way.
