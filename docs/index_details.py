@@ -16,6 +16,7 @@ SCRIPTS = (
     "ppo_continuous.py",
     "ppo_atari.py",
     "ppo_lstm.py",
+    "ppo_atari_lstm.py",
 )
 ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv",
              "ppo_lstm.py": "ablations_lstm.csv"}  # fmt: skip

@@ -974,6 +974,17 @@ def test_what_is_not_finite_is_told_with_its_place(spy):
         spy(register(outlier=7, extreme=math.nan))
 
 
+def test_aux_3_early_stopping_looks_at_the_last_epoch(spy):
+    """The mean over all epochs, which the first ones hold down, would go on for longer."""
+    settings = {"updates": 1, "update_epochs": 8, "learning_rate": 3e-3}
+    steps = spy(**settings).steps
+    epochs = [ppo.policy_change(torch.stack(steps[4 * i : 4 * i + 4]), 0.2)["losses/approx_kl"] for i in range(8)]
+    means = np.cumsum(epochs) / np.arange(1, 9)
+    last = next(i for i in range(1, 8) if epochs[i] == max(epochs[: i + 1]) > 1.3 * means[i])
+    target = (epochs[last] + max(means[last], *epochs[:last])) / 2
+    assert len(spy(**settings, target_kl=target).steps) == 4 * (last + 1)
+
+
 # Several environments -------------------------------------------------------------------------------------------------
 def test_core_1_rollouts_of_several_environments(spy):
     """Of the right shapes; the environments differ, and each gets its own actions."""

@@ -82,6 +82,7 @@ SCRIPT_TAGS = [
     ("ppo_continuous.py", ["core", "continuous"]),
     ("ppo_atari.py", ["core", "atari"]),
     ("ppo_lstm.py", ["core", "lstm"]),
+    ("ppo_atari_lstm.py", ["core", "lstm"]),
 ]
 
 

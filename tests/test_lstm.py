@@ -1,4 +1,4 @@
-"""Every detail of ppo_lstm.py and its switch: the LSTM, networks and policies, hidden velocities, normalization.
+"""Every detail of the LSTM scripts and its switch: the LSTM, networks and policies, hidden entries, normalization.
 
 What stands in the same lines in the other scripts (test_same_lines.py) is proven there.
 """
@@ -7,21 +7,24 @@ import copy
 import importlib.util
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_continuous import normalized, raw_observations, reference_stats, register
 
+import ppo_atari_lstm
 import ppo_lstm as ppo
 
-ORIGINALS = {name: getattr(ppo, name) for name in ("make_envs", "collect_rollout", "normalize_rewards", "compute_gae",
-                                                   "gradient_step")}  # fmt: skip
+PARTS = ("make_envs", "collect_rollout", "normalize_rewards", "compute_gae", "gradient_step")
+ORIGINALS = {script: {name: getattr(script, name) for name in PARTS if hasattr(script, name)}
+             for script in (ppo, ppo_atari_lstm)}  # fmt: skip
 INF = math.inf
 DISCRETE, CONTINUOUS = register(actions=Discrete(3)), register()
 needs_envpool = pytest.mark.skipif(importlib.util.find_spec("envpool") is None, reason="EnvPool exists for Linux only")
@@ -31,7 +34,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def shaken(agent: ppo.Agent, seed=1, scale=0.3) -> ppo.Agent:
+def shaken(agent, seed=1, scale=0.3):
     """The agent, with other weights: those of the start hardly let the policy depend on anything."""
     with torch.no_grad():
         for parameter in (parameter for parameter in agent.parameters() if parameter.requires_grad):
@@ -39,52 +42,54 @@ def shaken(agent: ppo.Agent, seed=1, scale=0.3) -> ppo.Agent:
     return agent
 
 
-def make_agent(observations=Box(-1, 1, (3,)), actions=Discrete(3), seed=1, **changed) -> ppo.Agent:
+def make_agent(observations=Box(-1, 1, (3,)), actions=Discrete(3), seed=1, script=ppo, **changed):
     torch.manual_seed(seed)
-    return ppo.Agent(observations, actions, ppo.Args(**{"lstm_size": 8} | changed))
+    return script.Agent(observations, actions, script.Args(**{"lstm_size": 8} | changed))
 
 
 class Spy:
     """Trains a little and keeps what goes through the parts of train(); each rollout with the agent that played it."""
 
-    def __init__(self, monkeypatch, tmp_path, env_id=DISCRETE, updates=3, **changed):
+    def __init__(self, monkeypatch, tmp_path, env_id=DISCRETE, updates=3, script=ppo, **changed):
         sizes = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "lstm_size": 8}
         sizes |= {"learning_rate": 1e-2, "runs_dir": str(tmp_path)}
-        self.args = ppo.Args(**(sizes | {"env_id": env_id} | changed))
+        self.script, self.originals = script, ORIGINALS[script]
+        self.args = script.Args(**(sizes | {"env_id": env_id} | changed))
         self.args.total_timesteps = updates * self.args.batch_size
         self.agents, self.first_obs, self.first_states, self.rollouts = [], [], [], []
         self.steps, self.raw_rewards, self.scaled, self.gae_rewards = [], [], [], []
-        for name in ORIGINALS:
-            monkeypatch.setattr(ppo, name, getattr(self, name))
-        self.result = ppo.train(self.args)
+        for name in self.originals:
+            monkeypatch.setattr(script, name, getattr(self, name))
+        self.result = script.train(self.args)
         self.path = Path(self.result["run_dir"])
 
     def make_envs(self, *inputs):
-        self.envs = ORIGINALS["make_envs"](*inputs)
+        self.envs = self.originals["make_envs"](*inputs)
         return self.envs
 
     def collect_rollout(self, agent, envs, next_obs, state, args):
         self.agent = agent
         self.agents.append(copy.deepcopy(agent))
-        self.first_obs.append(next_obs.clone())
+        self.first_obs.append(torch.tensor(next_obs))
         self.first_states.append(state.clone())
-        self.rollouts.append(ORIGINALS["collect_rollout"](agent, envs, next_obs, state, args))
-        return self.rollouts[-1]
+        rollout = self.originals["collect_rollout"](agent, envs, next_obs, state, args)
+        kept = [torch.from_numpy(array) for array in (rollout.obs, rollout.actions)]
+        self.rollouts.append(rollout._replace(obs=kept[0], actions=kept[1]))
+        return rollout
 
     def normalize_rewards(self, rewards, *inputs):
         self.raw_rewards.append(rewards.copy())
-        scaled = ORIGINALS["normalize_rewards"](rewards, *inputs)
+        scaled = self.originals["normalize_rewards"](rewards, *inputs)
         self.scaled.append(scaled.copy())
         return scaled
 
     def compute_gae(self, rewards, *inputs):
         self.gae_rewards.append(rewards.numpy().copy())
-        return ORIGINALS["compute_gae"](rewards, *inputs)
+        return self.originals["compute_gae"](rewards, *inputs)
 
     def gradient_step(self, agent, adam, minibatch, *inputs):
-        terms, log_ratio = ORIGINALS["gradient_step"](agent, adam, minibatch, *inputs)
-        names = ("obs", "state", "dones", "actions", "log_probs", "advantages", "returns", "values")
-        self.steps.append(dict(zip(names, minibatch, strict=True)) | {"log_ratio": log_ratio})
+        terms, log_ratio = self.originals["gradient_step"](agent, adam, minibatch, *inputs)
+        self.steps.append(minibatch._asdict() | {"log_ratio": log_ratio})
         return terms, log_ratio
 
     def update(self, number: int) -> list[dict]:
@@ -154,8 +159,7 @@ FORWARD = {
     "categorical": (Box(-1, 1, (3,)), Discrete(4), {}),
     "Gaussian": (Box(-1, 1, (3,)), Box(-1, 1, (2,)), {}),
     "no encoder": (Box(-1, 1, (3,)), Discrete(2), {"encoder": False}),
-    "gray images": (Box(0, 255, (40, 36), np.uint8), Discrete(2), {}),
-    "colored images": (Box(0, 255, (36, 44, 3), np.uint8), Box(-1, 1, (2,)), {}),
+    "images": (Box(0, 255, (84, 84), np.uint8), Discrete(2), {"script": ppo_atari_lstm}),
 }
 
 
@@ -212,7 +216,7 @@ def test_core_2_initialization_of_the_other_layers():
     """Each switch is for its own layers."""
     for orthogonal, lstm_orthogonal in ((True, False), (False, True)):
         agent = make_agent(orthogonal_init=orthogonal, lstm_orthogonal_init=lstm_orthogonal, lstm_size=16)
-        layers = [(layer, math.sqrt(2)) for layer in agent.network.layers] + [(agent.actor.linear, 0.01)]
+        layers = [(layer, math.sqrt(2)) for layer in agent.network[::2]] + [(agent.actor.linear, 0.01)]
         for layer, gain in [*layers, (agent.critic, 1.0)]:
             weight = layer.weight.detach() / gain
             gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
@@ -261,7 +265,8 @@ def test_lstm_2_and_3_states_of_the_rollouts(spy, env_id, reset):
         agent, start = run.agents[number], run.first_states[number]
         policies, values, states = replay(agent, rollout.obs, start, rollout.dones, reset)
         close = {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close((rollout.policy, rollout.values), (policies[:-1], values), **close)
+        log_probs, _ = agent.actor.log_probabilities(policies[:-1], rollout.actions)
+        torch.testing.assert_close((rollout.log_probs, rollout.values), (log_probs, values), **close)
         torch.testing.assert_close(rollout.state, states[-2], **close)
         forgotten = (rollout.state == 0).all(2)
         for part in forgotten:  # h and c
@@ -290,7 +295,7 @@ def test_core_5_advantages_end_with_the_episode_though_the_state_does_not(spy):
     for number, (rollout, rewards) in enumerate(zip(run.rollouts, run.gae_rewards)):
         assert rollout.dones.any()
         inputs = torch.from_numpy(rewards), rollout.values, torch.from_numpy(rollout.dones)
-        _, returns = ORIGINALS["compute_gae"](*inputs, 0.99, 0.95)
+        _, returns = ORIGINALS[ppo]["compute_gae"](*inputs, 0.99, 0.95)
         used = torch.cat([step["returns"] for step in run.update(number)[:2]], 1)  # the first epoch's
         torch.testing.assert_close(used.flatten().sort().values, returns.flatten().sort().values)
 
@@ -320,8 +325,7 @@ def test_lstm_4_minibatches_are_whole_environments(spy, env_id, replacement):
             assert torch.equal(minibatch["dones"], torch.from_numpy(rollout.dones)[:, envs])
             assert torch.equal(minibatch["actions"], rollout.actions[:, envs])
             assert torch.equal(minibatch["values"], rollout.values[:-1, envs])
-            log_probs = run.agents[number].actor.log_probabilities(rollout.policy, rollout.actions)[:, envs]
-            torch.testing.assert_close(minibatch["log_probs"], log_probs)
+            assert torch.equal(minibatch["log_probs"], rollout.log_probs[:, envs])
             raw = minibatch["returns"] - minibatch["values"]
             torch.testing.assert_close(minibatch["advantages"], (raw - raw.mean()) / raw.std(correction=0),
                                        rtol=1e-4, atol=1e-5)  # fmt: skip
@@ -380,8 +384,8 @@ def test_lstm_5_ratio_is_1_in_the_first_minibatch_of_every_update(spy, task):
 
 def test_lstm_5_ratio_is_1_in_games(spy):
     """With images too; the games end after six steps."""
-    pytest.importorskip("envpool")  # exists for Linux only
-    run = spy("Pong", num_envs=2, noop_max=1, max_game_frames=24, learning_rate=1e-3)
+    short = {"env_backend": "gymnasium", "noop_max": 1, "max_game_frames": 24}
+    run = spy("Pong", script=ppo_atari_lstm, num_envs=2, learning_rate=1e-3, cuda=False, **short)
     for number in range(3):
         first, second, *_ = run.update(number)
         assert run.rollouts[number].dones.any()
@@ -418,28 +422,22 @@ def test_core_13_number_of_parameters():
         assert sum(p.numel() for p in agent.parameters()) == shared + policy + 129
 
 
-def test_mlp_for_vectors():
+def test_encoder_of_vectors():
     """Two layers of 64, a tanh after each, in front of the LSTM."""
     agent = shaken(make_agent(Box(-1, 1, (5,))))
-    assert isinstance(agent.network, ppo.MLP) and agent.lstm.input_size == 64
-    layers = [torch.nn.Linear(5, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh()]
-    reference = torch.nn.Sequential(*layers)
-    reference.load_state_dict(dict(zip(reference.state_dict(), agent.network.state_dict().values(), strict=True)))
+    assert agent.lstm.input_size == 64
+    weight1, bias1, weight2, bias2 = agent.network.parameters()
+    assert weight1.shape == (64, 5) and weight2.shape == (64, 64)
     x = torch.randn(7, 5, generator=generator(0))
-    torch.testing.assert_close(agent.network(x), reference(x))
+    torch.testing.assert_close(agent.network(x), ((x @ weight1.T + bias1).tanh() @ weight2.T + bias2).tanh())
 
 
 def test_extra_22_no_encoder():
-    """Vectors go straight into the LSTM; images still need their convolutions."""
+    """Vectors go straight into the LSTM."""
     agent = make_agent(Box(-1, 1, (5,)), encoder=False)
     assert agent.lstm.input_size == 5 and not list(agent.network.parameters())
     x = torch.randn(7, 5, generator=generator(0))
     assert torch.equal(agent.network(x), x)
-    agent = make_agent(Box(0, 255, (36, 36), np.uint8), encoder=False)
-    assert isinstance(agent.network, ppo.NatureCNN) and agent.lstm.input_size == 512
-
-
-IMAGES = [((84, 84), True), ((96, 96, 3), True), ((36, 36), True), ((36, 53, 2), True), ((47, 84, 3), False)]
 
 
 class FlattenChannelsLast(torch.nn.Module):
@@ -451,52 +449,27 @@ class FlattenChannelsLast(torch.nn.Module):
         return torch.stack([x[:, c, y, z] for c, y, z in order], 1)
 
 
-@pytest.mark.parametrize(("shape", "scale_images"), IMAGES)
-def test_nature_cnn_for_images_of_any_size(shape, scale_images):
-    """As a plain network computes it in double precision: sizes, channels, scaling and the flattening [extra-18]."""
-    agent = make_agent(Box(0, 255, shape, np.uint8), scale_images=scale_images, orthogonal_init=False)
-    channels = (*shape, 1)[2]
-    layers = [torch.nn.Conv2d(channels, 32, 8, 4), torch.nn.Conv2d(32, 64, 4, 2), torch.nn.Conv2d(64, 64, 3, 1)]
+@pytest.mark.parametrize("scale_images", [True, False])
+def test_nature_cnn(scale_images):
+    """As a plain network computes it in double precision: sizes, scaling [atari-9] and the flattening [extra-18]."""
+    space = Box(0, 255, (84, 84), np.uint8)
+    agent = make_agent(space, script=ppo_atari_lstm, scale_images=scale_images, orthogonal_init=False)
+    layers = [torch.nn.Conv2d(1, 32, 8, 4), torch.nn.Conv2d(32, 64, 4, 2), torch.nn.Conv2d(64, 64, 3, 1)]
     convolutions = torch.nn.Sequential(*[part for layer in layers for part in (layer, torch.nn.ReLU())])
-    size = convolutions(torch.zeros(1, channels, *shape[:2])).numel()
-    parts = [*convolutions, FlattenChannelsLast(), torch.nn.Linear(size, 512), torch.nn.ReLU()]
+    parts = [*convolutions, FlattenChannelsLast(), torch.nn.Linear(64 * 7 * 7, 512), torch.nn.ReLU()]
     reference = torch.nn.Sequential(*parts).double()
     with torch.no_grad():
         for theirs, ours in zip(reference.parameters(), agent.network.parameters(), strict=True):
             theirs.copy_(ours)  # fails if a shape is another one
     assert agent.lstm.input_size == 512
-    obs = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=generator(0))
+    obs = torch.randint(256, (3, 84, 84), dtype=torch.uint8, generator=generator(0))
     kept = obs.clone()
-    x = obs.view(3, *shape[:2], channels).movedim(-1, 1).double() / (255 if scale_images else 1)
+    x = obs.unsqueeze(1).double() / (255 if scale_images else 1)
     with torch.no_grad():
         features = agent.network(obs)
         torch.testing.assert_close(features.double(), reference(x), rtol=1e-4, atol=1e-5 if scale_images else 1e-2)
     assert features.dtype == torch.float32 and (features > 0).any()
     assert torch.equal(obs, kept)
-
-
-SPACES = {
-    "gray": (Box(0, 255, (84, 84), np.uint8), True),
-    "colored": (Box(0, 255, (96, 96, 3), np.uint8), True),
-    "as small as can be": (Box(0, 255, (36, 36, 3), np.uint8), True),
-    "too small for the convolutions": (Box(0, 255, (35, 84), np.uint8), False),
-    "too narrow for the convolutions": (Box(0, 255, (84, 35, 3), np.uint8), False),
-    "channels first": (Box(0, 255, (3, 84, 84), np.uint8), False),
-    "MiniGrid": (Box(0, 255, (7, 7, 3), np.uint8), False),
-    "no bytes": (Box(0, 1, (84, 84), np.float32), False),
-    "a vector of bytes": (Box(0, 255, (128,), np.uint8), False),
-    "one number": (Box(0, 255, (), np.uint8), False),
-    "no Box": (Discrete(84), False),
-}
-
-
-@pytest.mark.parametrize("case", SPACES)
-def test_is_image(case):
-    """Bytes in two or three dimensions, large enough for the convolutions to leave something."""
-    space, expected = SPACES[case]
-    assert ppo.is_image(space) is expected
-    if expected:
-        make_agent(space).network(torch.zeros(1, *space.shape, dtype=torch.uint8))
 
 
 class Still(gym.Env):
@@ -517,26 +490,30 @@ class Still(gym.Env):
 
 
 @pytest.mark.parametrize(
-    ("space", "shape", "dtype"),
+    ("space", "size"),
     [
-        (Box(0, 255, (36, 40, 3), np.uint8), (36, 40, 3), torch.uint8),
-        (Box(0, 255, (40, 36), np.uint8), (40, 36), torch.uint8),
-        (Box(0, 255, (7, 7, 3), np.uint8), (147,), torch.float32),
-        (Box(-1, 1, (2, 3), np.float64), (6,), torch.float32),
-        (Box(-1, 1, (), np.float64), (1,), torch.float32),
-        (Discrete(4), (4,), torch.float32),
+        (Box(0, 255, (7, 7, 3), np.uint8), 147),
+        (Box(-1, 1, (2, 3), np.float64), 6),
+        (Box(-1, 1, (), np.float64), 1),
+        (Discrete(4), 4),
+        (gym.spaces.Dict({"a": Discrete(2), "b": Box(-1, 1, (3,))}), 5),
+        (gym.spaces.Tuple((Discrete(2), Box(-1, 1, (3,)))), 5),
+        (MultiBinary(3), 3),
     ],
     ids=str,
 )
-def test_observations_in_rollout_and_training(spy, space, shape, dtype):
-    """Images stay as they are, as bytes; all else becomes vectors, one-hot if it is Discrete."""
+def test_observations_become_vectors(spy, space, size, capsys):
+    """One-hot if they are Discrete. That images are flattened is said, with the script for games."""
+    ppo.say.cache_clear()
     run = spy(register(Still, space=space), updates=2, norm_obs=False)
     for rollout in run.rollouts:
-        assert rollout.obs.shape == (9, 4, *shape) and rollout.obs.dtype == dtype
+        assert rollout.obs.shape == (9, 4, size) and rollout.obs.dtype == torch.float32
     if isinstance(space, Discrete):
         assert (rollout.obs.sum(-1) == 1).all() and (rollout.obs.max(-1).values == 1).all()
     assert all(run.update(number)[0]["log_ratio"].abs().max() < 3e-5 for number in range(2))
-    assert run.rollouts[0].obs.float().std() > 0.1
+    assert run.rollouts[0].obs.std() > 0.1
+    said = capsys.readouterr().err.count("images (7, 7, 3) are flattened here; ppo_atari_lstm.py has a convolutional")
+    assert said == (size == 147)
 
 
 # Policies -------------------------------------------------------------------------------------------------------------
@@ -550,8 +527,10 @@ def test_categorical_policy_equals_torch_distributions(seed, batch, size, scale)
     actions = torch.randint(size, tuple(batch), generator=generator(seed))
     theirs = torch.distributions.Categorical(logits=logits)
     close = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(actor.log_probabilities(logits, actions), theirs.log_prob(actions), **close)
-    torch.testing.assert_close(actor.entropy(logits), theirs.entropy(), **close)
+    ours = [actor.log_probabilities(logits, actions), ppo_atari_lstm.log_probabilities(logits, actions)]
+    for log_probs, entropy in ours:
+        torch.testing.assert_close(log_probs, theirs.log_prob(actions), **close)
+        torch.testing.assert_close(entropy, theirs.entropy(), **close)
     assert torch.equal(actor.sample(logits, 0 * actor.noise(*batch)), theirs.mode)
 
 
@@ -566,17 +545,29 @@ def test_continuous_1_to_3_gaussian_policy_equals_torch_distributions(seed, batc
     means, actions = 3 * normal(*batch, size), normal(*batch, size) - 1
     theirs = torch.distributions.Independent(torch.distributions.Normal(means, actor.log_std.exp()), 1)
     close = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(actor.log_probabilities(means, actions), theirs.log_prob(actions), **close)
-    torch.testing.assert_close(actor.entropy(means).expand(tuple(batch)), theirs.entropy(), **close)
+    log_probs, entropy = actor.log_probabilities(means, actions)
+    torch.testing.assert_close(log_probs, theirs.log_prob(actions), **close)
+    torch.testing.assert_close(entropy.expand(tuple(batch)), theirs.entropy(), **close)
     assert torch.equal(actor.sample(means, 0 * actor.noise(*batch)), means)
 
 
-def play(agent, env_id, num_steps, num_envs=2):
-    """One rollout of an agent that nobody trains."""
+def play(agent, env_id, num_steps, num_envs=2, greedy=False):
+    """One rollout of an agent that nobody trains, as tensors."""
     args = ppo.Args(env_id=env_id, num_envs=num_envs, num_steps=num_steps, lstm_size=8, norm_obs=False)
     envs = ppo.make_envs(args)
-    obs = torch.as_tensor(envs.reset(seed=3)[0], dtype=torch.float32)
-    return ppo.collect_rollout(agent, envs, obs, torch.zeros(2, num_envs, 8), args)
+    rollout = ppo.collect_rollout(agent, envs, envs.reset(3), torch.zeros(2, num_envs, 8), args, greedy)
+    return rollout._replace(obs=torch.from_numpy(rollout.obs), actions=torch.from_numpy(rollout.actions))
+
+
+@pytest.mark.parametrize("env_id", [DISCRETE, CONTINUOUS])
+def test_greedy_rollouts_take_the_mode(env_id):
+    """The most probable action or the mean, in every step."""
+    agent = shaken(make_agent(actions=Discrete(3) if env_id == DISCRETE else Box(-1, 1, (2,))))
+    rollout = play(agent, env_id, 50, greedy=True)
+    policies, _, _ = replay(agent, rollout.obs, torch.zeros(2, 2, 8), rollout.dones, reset=True)
+    mode = policies.argmax(-1) if env_id == DISCRETE else policies
+    torch.testing.assert_close(rollout.actions, mode[:-1], rtol=1e-4, atol=1e-5)
+    assert len(rollout.actions.unique()) > 1
 
 
 def test_sampled_actions_follow_the_categorical_policy():
@@ -600,8 +591,9 @@ def test_sampled_actions_follow_the_gaussian_policy():
     agent = shaken(make_agent(actions=Box(-1, 1, (2,))))
     torch.manual_seed(0)
     rollout = play(agent, CONTINUOUS, 1500)
-    noise = ((rollout.actions - rollout.policy) / agent.actor.log_std.exp()).detach().numpy().reshape(1500, 4)
-    assert rollout.policy.std() > 0.1 and agent.actor.log_std.abs().max() > 0.1
+    policy, _, _ = replay(agent, rollout.obs[:-1], torch.zeros(2, 2, 8), rollout.dones, reset=True)
+    noise = ((rollout.actions - policy) / agent.actor.log_std.exp()).detach().numpy().reshape(1500, 4)
+    assert policy.std() > 0.1 and agent.actor.log_std.abs().max() > 0.1
     error = 4 / math.sqrt(1500)
     np.testing.assert_allclose(noise.mean(0), 0, atol=error)
     np.testing.assert_allclose(np.cov(noise.T), np.eye(4), atol=1.5 * error)
@@ -624,117 +616,106 @@ def test_continuous_5_environments_get_clipped_actions(spy):
     np.testing.assert_array_equal(ppo.environment_actions(actions, space, ppo.Args()), np.float32([[[0, 0.4]]]))
 
 
-# Hidden velocities ----------------------------------------------------------------------------------------------------
-def set_classic(env, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """Puts an environment of classic control into a state; returns its observation."""
-    name = type(env).__name__
-    if name == "CartPoleEnv":  # position, velocity, angle, angular velocity
-        return np.array([position[0], velocity[0], position[1], velocity[1]])
-    env.state = np.concatenate([position, velocity])
-    return np.array(env._get_ob() if name == "AcrobotEnv" else env._get_obs() if name == "PendulumEnv" else env.state)
-
-
-def set_mujoco(env, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """The same for MuJoCo, near its initial position."""
-    env.set_state(env.init_qpos + 0.01 * position, velocity)
-    return env._get_obs()
-
-
-# How many positions and velocities the state has.
-CLASSIC = {"CartPole-v1": 2, "Acrobot-v1": 2, "MountainCar-v0": 1, "MountainCarContinuous-v0": 1, "Pendulum-v1": 1}
-MUJOCO = {"Hopper-v4": 6, "HalfCheetah-v4": 9, "Walker2d-v4": 9, "Swimmer-v4": 5, "InvertedPendulum-v4": 2,
-          "InvertedDoublePendulum-v4": 3}  # fmt: skip
-MUJOCO |= {env_id.replace("v4", "v5"): size for env_id, size in MUJOCO.items()}
-MASKED = CLASSIC | MUJOCO
-
-
-def velocity_args(env_id: str, **changed) -> ppo.Args:
+# Hidden entries -------------------------------------------------------------------------------------------------------
+def hide_args(env_id: str, **changed) -> ppo.Args:
     return ppo.Args(**{"env_id": env_id, "num_envs": 2, "lstm_size": 8} | changed)
-
-
-@pytest.mark.parametrize("env_id", MASKED)
-def test_hidden_entries_are_the_velocities(env_id):
-    """They, and no others, change with the state's velocities; and they do not change with its positions."""
-    env = ppo.make_envs(velocity_args(env_id)).envs[0]
-    env.reset(seed=0)
-    show = set_classic if env_id in CLASSIC else set_mujoco
-    size, random = MASKED[env_id], np.random.default_rng(0)
-    positions, velocities = (0.1 + 0.4 * random.random((2, size)) for _ in range(2))
-    seen = [show(env.unwrapped, positions[i], velocities[j]).astype(float) for i, j in ((0, 0), (0, 1), (1, 0))]
-    hidden = {entry % seen[0].size for entry in ppo.velocities(velocity_args(env_id))}  # some count from the end
-    assert len(hidden) == size
-    assert set(np.flatnonzero(seen[0] != seen[1])) == hidden
-    if not env_id.startswith("InvertedDouble"):  # whose generalized forces are shown, too
-        assert len(set(np.flatnonzero(seen[0] != seen[2])) & hidden) == 0
-
-
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Walker2d-v4", "Swimmer-v5"])
-def test_hidden_entries_are_the_velocities_also_where_all_positions_are_shown(env_id):
-    """With this argument of their constructors the observations have more entries in front of the velocities."""
-    args = velocity_args(env_id, env_kwargs='{"exclude_current_positions_from_observation": false}')
-    env = ppo.make_envs(args).envs[0]
-    env.reset(seed=0)
-    size, random = MASKED[env_id], np.random.default_rng(0)
-    position, velocities = np.zeros(size), random.random((2, size))
-    seen = [set_mujoco(env.unwrapped, position, velocity) for velocity in velocities]
-    masked = env.get_wrapper_attr("observation")(seen[0])
-    assert (seen[0] != seen[1]).sum() == size
-    assert not masked[seen[0] != seen[1]].any()
-    np.testing.assert_array_equal(masked[seen[0] == seen[1]], seen[0][seen[0] == seen[1]])
 
 
 def ride(envs, steps: int) -> list[np.ndarray]:
     """The observations of a reset and of so many steps with actions at random, and then those of episodes' ends."""
-    envs.single_action_space.seed(0)
-    seen, ends = [envs.reset(seed=5)[0].copy()], []
+    envs.action_space.seed(0)
+    seen, last = [envs.reset(5).copy()], []
     for _ in range(steps):
-        actions = np.stack([envs.single_action_space.sample() for _ in range(envs.num_envs)])
-        obs, _, terminations, truncations, infos = envs.step(actions)
+        obs, _, _, ends = envs.step(np.stack([envs.action_space.sample() for _ in range(2)]))
         seen.append(obs.copy())
-        if "final_obs" in infos:
-            for env in np.flatnonzero(terminations | truncations):
-                ends.append(np.array(infos["final_obs"][env]))
-                assert not np.array_equal(ends[-1], obs[env])  # which is the next episode's first one
-    return seen + ends
+        for end in ends:
+            last.append(end.last_obs)
+            assert not np.array_equal(end.last_obs, obs[end.env])  # which is the next episode's first one
+    return seen + last
 
 
-RIDES = [(env_id, "gymnasium", {}) for env_id in MASKED if not env_id.endswith("v5")]
-RIDES += [("CartPole-v1", "gymnasium", {"async_envs": True})]
-RIDES += [pytest.param(env_id, "envpool", {}, marks=needs_envpool) for env_id in MASKED if not env_id.endswith("v5")]
+# Two of CartPole's entries are hidden unless another choice is made, and none of any other task.
+RIDES = [
+    ("CartPole-v1", None, [1, 3]), ("CartPole-v1", (), []), ("CartPole-v1", (0,), [0]), ("CartPole-v1", (2, 0), [0, 2]),
+    ("Pendulum-v1", (2,), [2]), ("Pendulum-v1", None, []), ("CartPole-v0", None, []),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("env_id", "backend", "changed"), RIDES)
-@pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision lowered")  # gymnasium's, about EnvPool's spaces
-def test_mask_velocity_hides_and_changes_nothing_else(env_id, backend, changed):
-    """0 for velocities at any time, also in episodes' last observations; the task itself takes the same course."""
+@pytest.mark.parametrize("backend", ["gymnasium", pytest.param("envpool", marks=needs_envpool)])
+@pytest.mark.parametrize(("env_id", "hide", "hidden"), RIDES)
+@pytest.mark.filterwarnings("ignore:.*(Box (low|high)'s precision lowered|out of date)")  # gymnasium's
+def test_hide_hides_and_changes_nothing_else(env_id, hide, hidden, backend):
+    """0 for these entries at any time, also in episodes' last observations; the task itself takes the same course."""
+    if backend == "envpool":
+        env_id = env_id.replace("CartPole-v0", "Acrobot-v1")  # EnvPool has one version of CartPole alone
     seen = []
-    for mask_velocity in (True, False):
-        envs = ppo.make_envs(velocity_args(env_id, mask_velocity=mask_velocity, env_backend=backend, **changed))
-        assert isinstance(envs, ppo.EnvpoolVectorEnv) == (backend == "envpool")
-        seen.append(ride(envs, 60 if env_id in CLASSIC else 30))
+    for choice in (hide, ()):
+        envs = ppo.make_envs(hide_args(env_id, hide=choice, env_backend=backend))
+        assert isinstance(envs, ppo.EnvpoolEnvironments) == (backend == "envpool")
+        seen.append(ride(envs, 60))
         envs.close()
     masked, plain = seen
-    assert len(masked) == len(plain) and (len(plain) > 61 or env_id != "CartPole-v1")  # some episodes ended
-    hidden = list(ppo.velocities(velocity_args(env_id)))
+    assert len(masked) == len(plain) and (len(plain) > 61 or not env_id.startswith("CartPole"))  # some episodes ended
     for ours, full in zip(masked, plain):
-        assert not ours[..., hidden].any()
         expected = full.copy()
         expected[..., hidden] = 0
         np.testing.assert_array_equal(ours, expected)
-    assert all(np.stack(plain[:30])[..., hidden].any((0, 1)))
+    assert np.stack(plain[:30]).any((0, 1)).all()
 
 
-def test_mask_velocity_is_for_listed_tasks_only(spy):
-    """Of any version and from any module; others are shown as they are."""
-    for env_id, expected in (("CartPole-v0", [1, 3]), ("CartPole-v1", [1, 3]), ("my_module:CartPole-v1", [1, 3]),
-                             ("Swimmer-v5", range(-5, 0)), ("CartPole", [1, 3]), ("Taxi-v3", []), ("Pong", []),
-                             ("CartPoleSwingUp-v1", []), ("test/CartPole-v1", [])):  # fmt: skip
-        assert list(ppo.velocities(ppo.Args(env_id=env_id))) == list(expected)
-        assert list(ppo.velocities(ppo.Args(env_id=env_id, mask_velocity=False))) == []
-    for mask_velocity in (True, False):
-        obs = spy("CartPole-v1", mask_velocity=mask_velocity, updates=1).rollouts[0].obs
-        assert obs[..., [1, 3]].any() != mask_velocity
-        assert obs[..., [0, 2]].all()
+class Six(gym.Env):
+    """Six numbers, none of which is a velocity, whatever the name that it is registered with."""
+
+    observation_space, action_space = Box(-10, 10, (6,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.arange(1, 7, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.arange(1, 7, dtype=np.float32), 1.0, False, False, {}
+
+
+gym.register("LunarLander-v7", Six)
+
+
+@pytest.mark.parametrize(("env_id", "said"), [
+    ("CartPole-v1", "entries [1, 3] of each observation are hidden"), ("LunarLander-v7", "nothing of the observations"),
+])  # fmt: skip
+def test_what_is_hidden_is_said_and_not_guessed_from_a_name(env_id, said, capsys):
+    """One line, once, with the flag that changes it."""
+    ppo.say.cache_clear()
+    envs = ppo.make_envs(hide_args(env_id))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and "--hide" in line
+    if env_id == "LunarLander-v7":
+        np.testing.assert_array_equal(envs.reset(1)[0], [1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", pytest.param("envpool", marks=needs_envpool)])
+@pytest.mark.parametrize("hide", [(4,), (1, -1), (0, 7)])
+def test_entries_that_do_not_exist(hide, backend):
+    with pytest.raises(ppo.InputError, match=f"--hide {min(set(hide) - {0, 1})}: .* are 0 to 3"):
+        ppo.make_envs(hide_args("CartPole-v1", hide=hide, env_backend=backend))
+
+
+@pytest.mark.parametrize(("words", "hide"), [("", None), ("--hide", ()), ("--hide 2", (2,)), ("--hide 1 3", (1, 3))])
+def test_hide_on_the_command_line(words, hide, tmp_path, monkeypatch):
+    """And back from config.json, which has lists."""
+    assert ppo.parse_args(words.split()).hide == hide
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(asdict(ppo.Args(hide=hide))))
+    for flag in ("--resume", "--evaluate"):
+        assert ppo.parse_args([flag, str(run)]).hide == hide
+        assert ppo.parse_args([flag, str(run), "--hide", "0"]).hide == (0,)
+
+
+@pytest.mark.parametrize("hide", [["1"], [1.5], [True], 3, "1 3", {}, [[1]]])
+def test_hide_of_a_broken_config(hide, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(ppo.Args()) | {"hide": hide}))
+    with pytest.raises(ppo.InputError, match="hide is"):
+        ppo.parse_args(["--evaluate", str(tmp_path)])
 
 
 # Normalization --------------------------------------------------------------------------------------------------------
@@ -750,14 +731,13 @@ NORMALIZED = {
     "continuous actions": (CONTINUOUS, {}, True, True),
     "not of observations": (CONTINUOUS, {"norm_obs": False}, False, True),
     "not of rewards": (CONTINUOUS, {"norm_reward": False}, True, False),
-    "images": (register(Still, space=Box(0, 255, (36, 36), np.uint8), actions=Box(-1, 1, (2,))), {}, False, True),
-    "images, discrete": (register(Still, space=Box(0, 255, (36, 36), np.uint8)), {}, False, False),
+    "images": (register(Still, space=Box(0, 255, (6, 6), np.uint8), actions=Box(-1, 1, (2,))), {}, True, True),
 }
 
 
 @pytest.mark.parametrize("case", NORMALIZED)
-def test_continuous_6_to_9_normalization_is_for_vectors_and_continuous_actions(spy, case):
-    """Of images only the rewards, and only for continuous actions; the rest reaches the learner as it is."""
+def test_continuous_6_to_9_normalization(spy, case):
+    """Of observations and of rewards, each with its switch; the rest reaches the learner as it is."""
     env_id, changed, of_obs, of_rewards = NORMALIZED[case]
     run = spy(env_id, **changed)
     assert json.loads((run.path / "config.json").read_text())["norm_obs"] == changed.get("norm_obs", True)
@@ -837,17 +817,17 @@ def test_extra_14_bootstrap_truncated(spy, env_id, bootstrap, reset):
                 state = state * (~torch.from_numpy(rollout.dones[t])).unsqueeze(-1)
     assert (expected != 0).sum() > 10 and np.abs(expected).max() > 0.05
     np.testing.assert_allclose(bonus, expected if bootstrap else 0 * expected, rtol=1e-3, atol=1e-5)
-    assert all(bool(rollout.truncated) == bootstrap for rollout in run.rollouts)
+    assert all(bool(rollout.last_values) == bootstrap for rollout in run.rollouts)
 
 
-# Names of games -------------------------------------------------------------------------------------------------------
+# Games ----------------------------------------------------------------------------------------------------------------
 def test_every_spelling_of_a_game():
     """What users have in their scripts means one game."""
     for env_id in ("Breakout", "Breakout-v5", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4"):
-        assert ppo.find_game(env_id) == "Breakout"
+        assert ppo_atari_lstm.find_game(env_id) == "Breakout"
     games = {env_id for env_id in gym.registry if env_id.startswith("ALE/") and env_id.endswith("-v5")}
     assert len(games) > 60
-    assert {f"ALE/{ppo.find_game(env_id)}-v5" for env_id in games} == games
+    assert {f"ALE/{ppo_atari_lstm.find_game(env_id)}-v5" for env_id in games} == games
 
 
 CLOSE_NAMES = {
@@ -858,63 +838,244 @@ CLOSE_NAMES = {
 
 @pytest.mark.parametrize("env_id", CLOSE_NAMES)
 def test_close_names_of_games(env_id):
-    """No environment has such a name: the game that was probably meant is named."""
-    with pytest.raises(ppo.InputError, match=f"no environment {env_id}; did you mean the .*{CLOSE_NAMES[env_id]}"):
-        ppo.find_game(env_id)
+    """The game that was probably meant is named."""
+    said = f"no Atari game {env_id}; did you mean.* {CLOSE_NAMES[env_id]}"
+    with pytest.raises(ppo_atari_lstm.InputError, match=said):
+        ppo_atari_lstm.find_game(env_id)
 
 
 @pytest.mark.parametrize("env_id", ["Breakout-v4", "Breakout-v0", "BreakoutDeterministic-v4", "BreakoutNoFrameskip-v0"])
 def test_games_that_skip_frames_by_themselves(env_id):
-    with pytest.raises(ppo.InputError, match=f"{env_id} skips frames .*: use Breakout"):
-        ppo.find_game(env_id)
+    with pytest.raises(ppo_atari_lstm.InputError, match=f"{env_id} skips frames .*: use Breakout"):
+        ppo_atari_lstm.find_game(env_id)
 
 
-NO_GAMES = ["CartPole-v1", "CartPol-v1", "Pendulum-v1", "Pendulum-v0", "FrozenLake-v1", "MountainCar-v0", "Zork-v0", "",
-            "my_module:Env-v0", "MiniGrid-MemoryS7-v0", "phys2d/CartPole-v1", "Nothing-v3"]  # fmt: skip
+BACKENDS = ["gymnasium", pytest.param("envpool", marks=needs_envpool)]
 
 
-@pytest.mark.parametrize("env_id", NO_GAMES)
-def test_other_environments_are_no_games(env_id):
-    assert ppo.find_game(env_id) is None
+def game_envs(game: str, backend="gymnasium", **changed):
+    """One game, and what its emulator says."""
+    return ppo_atari_lstm.make_envs(
+        ppo_atari_lstm.Args(env_id=game, env_backend=backend, num_envs=1, num_minibatches=1, **changed)
+    )
 
 
-def test_no_other_registered_environment_is_taken_for_a_game():
-    """Blackjack, for one, is a card game in gymnasium and also an Atari game."""
-    others = [env_id for env_id, spec in gym.registry.items() if spec.entry_point != "ale_py.env:AtariEnv"]
-    assert "Blackjack-v1" in others and len(others) > 40
-    for env_id in others:
-        assert ppo.find_game(env_id) is None, env_id
+def play_game(envs, steps: int, seed=1, action=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    """Observations, rewards, dones and ends of steps with the given action, or with actions drawn by the seed."""
+    random, rows = np.random.default_rng(seed), []
+    obs = [envs.reset(seed)[0].copy()]
+    for step in range(steps):
+        chosen = random.integers(envs.action_space.n) if action is None else action
+        next_obs, rewards, dones, ends = envs.step(np.array([chosen]))
+        obs.append(next_obs[0].copy())
+        rows.append((rewards[0], dones[0], [(step, end) for end in ends]))
+    rewards, dones, ends = zip(*rows)
+    return np.stack(obs), np.array(rewards), np.array(dones), sum(ends, [])
+
+
+def test_atari_6_the_sign_of_the_reward_is_learned_from(spy, monkeypatch):
+    """In the environments, and in what is logged, points stay points."""
+    rewards = np.float32([[7, 0], [-400, 0.25], [0, -1]])
+    original = ORIGINALS[ppo_atari_lstm]["collect_rollout"]
+    for clip_reward in (True, False):
+        monkeypatch.setitem(
+            ORIGINALS[ppo_atari_lstm], "collect_rollout", lambda *inputs: original(*inputs)._replace(rewards=rewards)
+        )
+        sizes = {"num_envs": 2, "num_steps": 3, "num_minibatches": 1, "env_backend": "gymnasium", "cuda": False}
+        run = spy("Pong", script=ppo_atari_lstm, updates=1, clip_reward=clip_reward, **sizes)
+        np.testing.assert_array_equal(run.gae_rewards[0], np.sign(rewards) if clip_reward else rewards)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extra_27_returns_are_those_of_whole_games_and_unclipped(backend):
+    """SpaceInvaders gives 5 to 30 points; lost lives are dones, but only the third ends the game, and the return."""
+    _, rewards, dones, ends = play_game(game_envs("SpaceInvaders", backend), 1500)
+    assert set(rewards) - {0} and min(set(rewards) - {0}) >= 5
+    assert len(ends) >= 1 and 2 * len(ends) < dones.sum()
+    start = 0
+    for step, end in ends:
+        assert dones[step]
+        inside = float(rewards[start : step + 1].sum())
+        # gymnasium's count also the no-op, FIRE and action 2 that follow a lost life.
+        assert inside <= end.episodic_return <= inside + (30 if backend == "gymnasium" else 0)
+        assert step + 1 - start <= end.length <= step + 1 - start + (20 if backend == "gymnasium" else 0)
+        assert not end.truncated
+        start = step + 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atari_3_episodic_life(backend):
+    """Doing nothing loses Breakout's balls; off, only the game's end is one."""
+    for episodic_life in (True, False):
+        _, _, dones, ends = play_game(game_envs("SpaceInvaders", backend, episodic_life=episodic_life), 700)
+        assert (dones.sum() > len(ends)) == episodic_life
+        assert len(ends) > 0
+
+
+def emulator(envs):
+    """The emulator of the one game of gymnasium."""
+    return envs.envs[0].unwrapped.ale
+
+
+@pytest.mark.parametrize("frame_skip", [1, 2, 4])
+def test_atari_2_frame_skip(frame_skip):
+    envs = game_envs("Pong", frame_skip=frame_skip)
+    envs.reset(1)
+    before = emulator(envs).getEpisodeFrameNumber()
+    for _ in range(10):
+        envs.step(np.zeros(1, int))
+    assert emulator(envs).getEpisodeFrameNumber() - before == 10 * frame_skip
+
+
+def test_frames_are_not_skipped_twice():
+    with pytest.raises(ppo_atari_lstm.InputError, match="use --frame-skip"):
+        game_envs("Pong", env_kwargs='{"frameskip": 4}')
+
+
+@pytest.mark.parametrize(("noop_max", "most"), [(0, 0), (1, 1), (30, 30)])
+def test_atari_1_noops(noop_max, most):
+    """At a game's start 1 to noop_max frames; Pong then takes FIRE and action 2 for four frames each."""
+    envs, frames = game_envs("Pong", noop_max=noop_max, fire_reset=False), set()
+    for seed in range(60 if most > 1 else 3):
+        envs.reset(seed)
+        frames.add(emulator(envs).getEpisodeFrameNumber())
+    assert max(frames) - min(frames) == max(most - 1, 0) if most <= 1 else len(frames) > 15
+    pressed = game_envs("Pong", noop_max=noop_max)
+    start = {(pressed.reset(seed), emulator(pressed).getEpisodeFrameNumber())[1] for seed in range(3)}
+    assert start <= {frame + 8 for frame in range(min(frames), min(frames) + max(most, 1))}
 
 
 @needs_envpool
-@pytest.mark.parametrize("env_id", ["PacMan-v1", "DefendTheCenter-v1", "TicTacToe-v1", "Tetris-v0"])
-def test_what_only_envpool_has_is_not_taken_for_a_game(env_id):
-    """EnvPool is asked for these tasks, whose names are similar to those of games, and here refuses an argument."""
-    import envpool
-
-    assert env_id in envpool.list_all_envs()
-    args = ppo.Args(env_id=env_id, env_backend="envpool", env_kwargs='{"no_such_argument": 1}')
-    with pytest.raises(ppo.InputError, match=f"cannot make {env_id} with .*no_such_argument"):
-        ppo.make_envs(args)
+def test_atari_1_noops_of_envpool():
+    """With one no-op all games begin alike."""
+    starts = [game_envs("BeamRider", "envpool", noop_max=noops) for noops in (1, 30)]
+    firsts = [len({envs.reset(seed)[0].tobytes() for seed in range(8)}) for envs in starts]
+    assert firsts[0] == 1 and firsts[1] > 3
 
 
-def test_environment_of_a_module_is_not_taken_for_a_game(tmp_path, monkeypatch):
-    """my:Tennis-v5 is registered by the import of my.py, which comes with making it."""
-    entry_point = "gymnasium.envs.classic_control:CartPoleEnv"
-    (tmp_path / "my.py").write_text(f"import gymnasium\ngymnasium.register('Tennis-v5', '{entry_point}')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gym.envs.registration, "registry", gym.registry.copy())
-    envs = ppo.make_envs(ppo.Args(env_id="my:Tennis-v5", num_envs=1))
-    assert type(envs.envs[0].unwrapped).__name__ == "CartPoleEnv"
+@needs_envpool
+def test_atari_2_frame_skip_of_envpool():
+    """Doing nothing loses Pong's first point after as many frames, whatever the number of steps."""
+    first = []
+    for frame_skip in (2, 4):
+        envs = game_envs("Pong", "envpool", frame_skip=frame_skip, noop_max=1)
+        first.append(frame_skip * np.flatnonzero(play_game(envs, 400, action=0)[1])[0])
+    assert abs(first[0] - first[1]) <= 8 and first[1] > 40
 
 
-def test_image_of_a_dictionary(monkeypatch):
-    """EnvPool's MiniGrid shows a dictionary, of which the agent sees the image, as a vector."""
-    pytest.importorskip("envpool")  # exists for Linux only
-    envs = ppo.make_envs(ppo.Args(env_id="MiniGrid-MemoryS7-v0", env_backend="envpool", num_envs=3))
-    assert isinstance(envs.pool.observation_space, Dict)
-    assert envs.single_observation_space.shape == (147,) and envs.single_observation_space.dtype == np.uint8
-    obs, _ = envs.reset(seed=1)
-    shown = envs.pool.step(np.full(3, 6))[0]["image"]  # action 6 does nothing
-    np.testing.assert_array_equal(obs, shown.reshape(3, 147))
-    assert obs.any() and not np.array_equal(obs[0], 0 * obs[0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atari_4_fire_starts_breakout(backend):
+    """Without it the field stays as it is; the ball is there from the first observation on."""
+    still, _, _, _ = play_game(game_envs("Breakout", backend, fire_reset=False), 20, action=0)
+    moving, _, _, _ = play_game(game_envs("Breakout", backend), 20, action=0)
+    assert (still == still[0]).all()
+    assert not (moving == moving[0]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_atari_5_area_resize(backend):
+    """The other interpolation gives other pixels of the same image; area averages are never sharper."""
+    images = [play_game(game_envs("BeamRider", backend, area_resize=area), 20, action=0)[0] for area in (True, False)]
+    area, bilinear = (image.astype(float) for image in images)
+    assert area.shape == (21, 84, 84) and not np.array_equal(area, bilinear)
+    assert np.abs(area - bilinear).mean() < 10
+    sharpness = [np.abs(np.diff(image, axis=1)).mean() for image in (area, bilinear)]
+    assert sharpness[0] < sharpness[1]
+
+
+def test_atari_5_area_averages_of_gray():
+    """The mean of the luminance over each of the 84 x 84 areas, by definition."""
+    envs = game_envs("BeamRider", frame_skip=1)
+    obs = envs.reset(3)[0]
+    screen = emulator(envs).getScreenRGB().astype(float)
+    gray = np.rint(screen @ [0.299, 0.587, 0.114])
+    rows, columns = (np.zeros((84, size)) for size in (210, 160))
+    for weights in (rows, columns):
+        size = weights.shape[1] / 84
+        for i in range(84):
+            for j in range(weights.shape[1]):
+                weights[i, j] = max(0, min(j + 1, (i + 1) * size) - max(j, i * size)) / size
+    np.testing.assert_allclose(obs, rows @ gray @ columns.T, atol=1.01)
+    assert obs.std() > 10
+
+
+def test_actions_are_not_sticky():
+    """The same actions after the same start lead to the same images, whatever the emulator's own random numbers."""
+    runs = []
+    for emulator_seed in (1, 2):
+        envs = game_envs("Pong", noop_max=0)
+        envs.reset(emulator_seed)
+        random = np.random.default_rng(0)
+        runs.append(np.stack([envs.step(random.integers(6, size=1))[0][0].copy() for _ in range(100)]))
+    np.testing.assert_array_equal(*runs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extra_28_games_are_cut_off(backend):
+    """After max_game_frames, as truncated; what follows is the next game."""
+    _, _, dones, ends = play_game(game_envs("Pong", backend, max_game_frames=400, noop_max=1), 250, action=0)
+    assert len(ends) == 2 and all(end.truncated for _, end in ends)
+    assert dones.sum() == 2
+    assert all(90 <= end.length <= 100 for _, end in ends)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_returns_begin_anew(backend):
+    """With each game and each reset."""
+    envs = game_envs("Pong", backend, max_game_frames=1600)
+    for seed in (1, 1):
+        _, rewards, _, ends = play_game(envs, 900, seed, action=0)
+        start = 0
+        for step, end in ends:
+            assert end.episodic_return == rewards[start : step + 1].sum()
+            start = step + 1
+        assert len(ends) == 2 and ends[1][1].episodic_return < 0
+
+
+def test_extra_14_bootstrap_truncated_games(spy):
+    """Where a game was cut off, gamma times the value of its last image in its own memory is added, and only there."""
+    short = {"env_backend": "gymnasium", "noop_max": 1, "max_game_frames": 24, "cuda": False}
+    run = spy("Pong", script=ppo_atari_lstm, num_envs=2, gamma=0.9, bootstrap_truncated=True, **short)
+    for rollout, agent, start, rewards in zip(run.rollouts, run.agents, run.first_states, run.gae_rewards):
+        expected = np.sign(rollout.rewards)
+        assert rollout.ends and all(end.truncated for _, end in rollout.ends)
+        with torch.no_grad():
+            state = start
+            for t, obs in enumerate(rollout.obs[:-1]):
+                state = agent.step(obs, state)[2]
+                for env in (end.env for step, end in rollout.ends if step == t):
+                    (last_obs,) = (end.last_obs for step, end in rollout.ends if (step, end.env) == (t, env))
+                    value = agent.step(torch.from_numpy(last_obs)[None], state[:, env : env + 1])[1].item()
+                    assert abs(value) > 1e-4
+                    expected[t, env] += 0.9 * value
+                state = state * (~torch.from_numpy(rollout.dones[t])).unsqueeze(-1)
+        np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [ppo, ppo_atari_lstm])
+def test_aux_3_early_stopping_looks_at_the_last_epoch(script, spy, monkeypatch):
+    """KL divergences of 0, 0 and 0.02 (k3) in three epochs: their mean is below the target 0.01, the last is not."""
+    steps, original = [], ORIGINALS[script]["gradient_step"]
+
+    def far_in_the_third_epoch(*inputs):
+        terms, log_ratio = original(*inputs)
+        steps.append(log_ratio)
+        return terms, torch.full_like(log_ratio, 0.2 if len(steps) > 4 else 0.0)
+
+    monkeypatch.setitem(ORIGINALS[script], "gradient_step", far_in_the_third_epoch)
+    game = {"env_id": "Pong", "env_backend": "gymnasium", "cuda": False} if script is ppo_atari_lstm else {}
+    spy(script=script, updates=1, update_epochs=5, num_envs=2, num_minibatches=2, target_kl=0.01, **game)
+    assert len(steps) == 3 * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resumed_games_are_others(backend):
+    """A resumed run gets other no-ops; the same seed at the same step gets the same."""
+    starts = []
+    for first_step in (0, 0, 4096, 8192, 12288):
+        envs = ppo_atari_lstm.make_envs(
+            ppo_atari_lstm.Args(env_id="BeamRider", env_backend=backend, num_envs=4, episodic_life=False)
+        )
+        starts.append(envs.reset(1, first_step).copy())
+    assert np.array_equal(starts[0], starts[1])
+    assert all(not np.array_equal(starts[0], start) for start in starts[2:])

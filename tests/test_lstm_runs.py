@@ -1,4 +1,4 @@
-"""A run of ppo_lstm.py as its user sees it: files, kills, signals, resuming, playing, videos, what is refused, memory.
+"""Runs of the LSTM scripts as their users see them: files, signals, resuming, playing, videos, what is refused.
 
 The helpers are those of the other scripts' tests; what stands in the same lines there is proven there.
 """
@@ -48,14 +48,21 @@ from test_runs import (
 )
 
 import ppo
+import ppo_atari_lstm
 import ppo_lstm
 
 SCRIPT = Path(ppo_lstm.__file__).resolve()
 PENDULUM = {"env_id": "Pendulum-v1"}
-GAME = {"env_id": "Pong", "num_steps": 8, "num_envs": 2, "update_epochs": 1, "noop_max": 1, "max_game_frames": 24}
+SHORT = {"env_id": "Pong", "num_steps": 8, "num_envs": 2, "update_epochs": 1, "noop_max": 1, "max_game_frames": 24}
+GAME = SHORT | {"script": ppo_atari_lstm, "cuda": False}
+HIDDEN = r"entries .* of each observation are hidden; --hide .*|nothing of the observations of .* is hidden; --hide .*"
 
 
-HIDDEN = r"the velocities of \S+ are hidden; --no-mask-velocity shows them"
+@pytest.fixture(autouse=True)
+def say_all_again():
+    """What was said in one test may be said in the next."""
+    for script in (ppo_lstm, ppo_atari_lstm):
+        script.say.cache_clear()
 
 
 def problems(stderr: str) -> list[str]:
@@ -63,10 +70,17 @@ def problems(stderr: str) -> list[str]:
     return [line for line in test_runs.problems(stderr) if not re.fullmatch(HIDDEN, line)]
 
 
-def small(updates: int, **changed) -> ppo_lstm.Args:
+def small(updates: int, script=ppo_lstm, **changed):
     """Settings of a short run, by default of CartPole with updates of 64 samples."""
     sizes = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 2, "lstm_size": 16} | changed
-    return ppo_lstm.Args(**({"total_timesteps": updates * sizes["num_envs"] * sizes["num_steps"]} | sizes))
+    return script.Args(**({"total_timesteps": updates * sizes["num_envs"] * sizes["num_steps"]} | sizes))
+
+
+def words(args) -> list[str]:
+    """The command line that gives these settings."""
+    hide = getattr(args, "hide", None)
+    found = [word for word in flags(args) if not word.startswith("--hide")]
+    return found + ([] if hide is None else ["--hide", *map(str, hide)])
 
 
 @pytest.fixture(params=["gymnasium", "envpool"])
@@ -81,13 +95,13 @@ def backend(request):
 def test_files_of_a_run(capsys):
     """The default task is CartPole without its velocities; what is logged has the other scripts' names."""
     args = small(5, seed=3, exp_name="trial", learning_rate=1e-3)
-    assert ppo_lstm.main(flags(args)) == 0
+    assert ppo_lstm.main(words(args)) == 0
     (path,) = Path("runs").iterdir()
     assert re.fullmatch(r"CartPole-v1__trial__3__\d+", path.name)
     assert files(path).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
     assert json.loads((path / "config.json").read_text()) == asdict(args)
     output = capsys.readouterr()
-    assert re.fullmatch(rf"runs/{path.name}: 320 steps, mean return \d+\.\d\n", output.out)
+    assert re.fullmatch(rf"{path.resolve()}: 320 steps, mean return \d+\.\d\n", output.out)
     assert problems(output.err) == []
 
     assert (path / "metrics.jsonl").read_text().endswith("\n")
@@ -125,9 +139,7 @@ def test_seeds(task):
         pytest.importorskip("envpool")  # exists for Linux only
     changed = {"num_steps": 128} if task == "Pendulum" else {}
     seeds = ((1, "a"), (1, "b"), (2, "c"))
-    first, again, other = (
-        train(small(3, seed=seed, runs_dir=name, **TASKS[task] | changed)) for seed, name in seeds
-    )
+    first, again, other = (train(small(3, seed=seed, runs_dir=name, **TASKS[task] | changed)) for seed, name in seeds)
     assert any(row.keys() == EPISODE for row in metrics(first))
     assert without_clock(first) == without_clock(again)
     assert without_clock(first) != without_clock(other)
@@ -135,39 +147,15 @@ def test_seeds(task):
     assert not torch.equal(checkpoint(first)["moment1"], checkpoint(other)["moment1"])
 
 
-@pytest.mark.parametrize("task", ["CartPole", "Pong"])
-def test_async_environments_give_the_same_run(task):
-    """--async-envs changes where environments are, not what they do."""
-    settings = TASKS[task] | {"bootstrap_truncated": True}
-    one, several = (train(small(3, runs_dir=str(on), async_envs=on, **settings)) for on in (False, True))
-    assert any(row.keys() == EPISODE for row in metrics(one))
-    assert without_clock(one) == without_clock(several)
-    assert_same_agent(checkpoint(one)["agent"], checkpoint(several)["agent"])
-
-
-@pytest.mark.parametrize("mask", [True, False])
-def test_it_is_said_that_velocities_are_hidden(mask, capfd):
-    train(small(1, mask_velocity=mask))
-    assert len(re.findall(HIDDEN, capfd.readouterr().err)) == mask
-
-
-def test_async_environments_are_processes():
-    """For games too, whose backend is EnvPool unless something else is asked for."""
-    for task in ({}, GAME | {"env_backend": "auto"}):
-        envs = ppo_lstm.make_envs(small(1, async_envs=True, **task))
-        assert isinstance(envs, gym.vector.AsyncVectorEnv)
-        envs.close()
-
-
 @pytest.mark.parametrize("game", ["Pong", "ALE/Breakout-v5"])
 def test_games(capfd, game, backend):
     """Trains, goes on and plays in each backend, with one frame at a time."""
     args = small(2, **GAME | {"env_id": game, "env_backend": backend})
-    assert ppo_lstm.main(flags(args)) == 0
+    assert ppo_atari_lstm.main(words(args)) == 0
     (path,) = Path("runs").iterdir()
     assert checkpoint(path)["agent"]["network.convolutions.0.weight"].shape == (32, 1, 8, 8)
-    assert ppo_lstm.main(["--resume", str(path), "--total-timesteps", "48"]) == 0
-    assert ppo_lstm.main(["--evaluate", str(path), "--eval-episodes", "2"]) == 0
+    assert ppo_atari_lstm.main(["--resume", str(path), "--total-timesteps", "48"]) == 0
+    assert ppo_atari_lstm.main(["--evaluate", str(path), "--eval-episodes", "2"]) == 0
     output = capfd.readouterr()
     assert problems(output.err) == []
     assert re.search(rf"^{game}: return -?\d+\.\d \+- \d+\.\d over 2 episodes$", output.out, re.M)
@@ -177,40 +165,23 @@ def test_games(capfd, game, backend):
     assert lengths and all(3 <= length <= 6 for length in lengths)  # steps, not frames; those of FIRE may count or not
 
 
-def test_auto_backend_is_envpool_for_games_alone():
-    """Unless videos are asked for, which EnvPool cannot record."""
+def test_backend_of_games():
+    """EnvPool unless gymnasium is asked for."""
     pytest.importorskip("envpool")  # exists for Linux only
-    for env_id, videos, expected in (("Pong", None, True), ("CartPole-v1", None, False)):
-        envs = ppo_lstm.make_envs(small(1, env_id=env_id), videos)
-        assert isinstance(envs, ppo_lstm.EnvpoolVectorEnv) == expected
+    for changed, expected in (({}, True), ({"env_backend": "gymnasium"}, False)):
+        envs = ppo_atari_lstm.make_envs(small(1, **GAME | changed))
+        assert isinstance(envs, ppo_atari_lstm.EnvpoolEnvironments) == expected
         envs.close()
-    envs = ppo_lstm.make_envs(small(1, env_id="Pong", capture_video=True))
-    assert isinstance(envs, ppo_lstm.SameStepVectorEnv)
-    envs.close()
 
 
-def test_without_envpool(capfd, monkeypatch):
-    """Where EnvPool is not installed games go on with gymnasium, and that is said in one line."""
-    monkeypatch.setitem(sys.modules, "envpool", None)  # makes its import fail
-    assert ppo_lstm.main(flags(small(1, **GAME))) == 0
-    fallback = "EnvPool is not installed (it exists for Linux only); using gymnasium"
+@pytest.mark.parametrize("script", [ppo_lstm, ppo_atari_lstm])
+def test_without_envpool(script, capfd, monkeypatch):
+    """Where EnvPool is not installed training goes on with gymnasium, and that is said in one line."""
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    settings = GAME if script is ppo_atari_lstm else {}
+    assert script.main(words(small(1, **settings | {"env_backend": "envpool"}))) == 0
+    fallback = "EnvPool is not installed (it exists for Linux only): using gymnasium"
     assert problems(capfd.readouterr().err) == [fallback]
-
-
-def test_minigrid(capfd):
-    """A memory task that only EnvPool has, whose observations are dictionaries with an image of 7 x 7."""
-    pytest.importorskip("envpool")  # exists for Linux only
-    task = {"env_id": "MiniGrid-MemoryS7-v0", "env_backend": "envpool", "num_steps": 64}
-    assert ppo_lstm.main(flags(small(4, **task, env_kwargs='{"max_episode_steps": 20}'))) == 0
-    (path,) = Path("runs").iterdir()
-    assert checkpoint(path)["agent"]["network.layers.0.weight"].shape == (64, 147)
-    assert checkpoint(path)["agent"]["actor.linear.bias"].shape == (7,)
-    assert ppo_lstm.main(["--evaluate", str(path), "--eval-episodes", "3"]) == 0
-    output = capfd.readouterr()
-    assert problems(output.err) == []
-    assert re.search(r"^MiniGrid-MemoryS7-v0: return \d\.\d \+- \d\.\d over 3 episodes$", output.out, re.M)
-    episodes = [row for row in metrics(path) if row.keys() == EPISODE]
-    assert episodes and all(1 <= row["charts/episodic_length"] <= 20 for row in episodes)
 
 
 # Kills, signals, resuming ---------------------------------------------------------------------------------------------
@@ -218,7 +189,7 @@ class Background:
     """The script in a process of its own."""
 
     def __init__(self, args):
-        command = [sys.executable, str(SCRIPT), *flags(args)]
+        command = [sys.executable, str(SCRIPT), *words(args)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def wait_for_update(self, number: int) -> Path:
@@ -270,8 +241,8 @@ def test_killed_before_the_first_checkpoint(task, monkeypatch):
     whole = train(small(6, runs_dir="whole", **TASKS[task]))
     original = ppo_lstm.Run.end_update
 
-    def end_update(run, rollout, values):
-        original(run, rollout, values)
+    def end_update(run, ends, values):
+        original(run, ends, values)
         if run.update == 3:
             raise Killed
 
@@ -314,18 +285,18 @@ def test_resume_restores_everything(monkeypatch):
     assert torch.equal(adam.parameters, torch.cat([parameter.flatten() for parameter in trainable]))
     assert torch.equal(adam.moment1, state["moment1"]) and torch.equal(adam.moment2, state["moment2"])
     assert adam.moment1.any()
-    assert (adam.steps, run.update, run.first_step) == (7 * 4, 7, 7 * BATCH)
+    assert (adam.steps, run.update, run.global_step) == (7 * 4, 7, 7 * BATCH)
 
 
 def test_resume_forgets_and_begins_other_episodes(monkeypatch):
-    """[lstm-2] The state is 0 again, and the environments get another seed than at the start [extra-35]."""
+    """[lstm-2] The state is 0 again, and the environments do not play their first episodes again [extra-35]."""
     seeds, states = [], []
     make_envs, collect = ppo_lstm.make_envs, ppo_lstm.collect_rollout
 
     def make_and_watch(*inputs):
         envs = make_envs(*inputs)
         reset = envs.reset
-        envs.reset = lambda *, seed: seeds.append(seed) or reset(seed=seed)
+        envs.reset = lambda *seed: seeds.append(seed) or reset(*seed)
         return envs
 
     def collect_and_watch(agent, envs, next_obs, state, args):
@@ -337,7 +308,7 @@ def test_resume_forgets_and_begins_other_episodes(monkeypatch):
     path = train(small(2, seed=5))
     first = (path / "metrics.jsonl").read_bytes()
     assert ppo_lstm.main(["--resume", str(path), "--total-timesteps", str(4 * BATCH)]) == 0
-    assert seeds == [5, 5 + 2 * BATCH]
+    assert seeds == [(5, 0), (5, 2 * BATCH)]
     assert [bool(state.any()) for state in states] == [False, True, False, True]
     assert (path / "metrics.jsonl").read_bytes().startswith(first)
     assert update_steps(path) == [1, 2, 3, 4]
@@ -370,8 +341,8 @@ def test_signals():
     assert checkpoint(path)["update"] == stopped_at
     assert checkpoint(path)["metrics_bytes"] == (path / "metrics.jsonl").stat().st_size
     lines = out.splitlines()
-    assert lines[0].startswith(f"{path}: {stopped_at * BATCH} steps, mean return ")
-    assert lines[1:] == [f"stopped by a signal; go on with: python ppo_lstm.py --resume {path}"]
+    assert lines[0].startswith(f"{path.resolve()}: {stopped_at * BATCH} steps, mean return ")
+    assert lines[1:] == [f"stopped by a signal; go on with: python ppo_lstm.py --resume {path.resolve()}"]
     more = str((stopped_at + 2) * BATCH)
     assert ppo_lstm.main(["--resume", str(path), "--total-timesteps", more]) == 0
     assert update_steps(path) == list(range(1, stopped_at + 3))
@@ -380,9 +351,10 @@ def test_signals():
 # Playing and videos ---------------------------------------------------------------------------------------------------
 def prefer(path: Path, action: int, logit: float) -> None:
     """Makes a run's agent prefer that action, whatever it sees."""
-    state = checkpoint(path)
-    state["agent"]["actor.linear.weight"].zero_()
-    state["agent"]["actor.linear.bias"].zero_()[action] = logit
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    layer = "actor.linear" if "actor.linear.bias" in state["agent"] else "actor"
+    state["agent"][f"{layer}.weight"].zero_()
+    state["agent"][f"{layer}.bias"].zero_()[action] = logit
     torch.save(state, path / "checkpoint.pt")
 
 
@@ -396,7 +368,7 @@ def test_evaluate(capsys):
     for name, extra in (("first", []), ("again", []), ("other seed", ["--seed", "7"]), ("best", best)):
         assert ppo_lstm.main(["--evaluate", str(path), "--eval-episodes", "20", *extra]) == 0
         output = capsys.readouterr()
-        assert output.err == ""
+        assert problems(output.err) == []
         said[name] = re.fullmatch(r"CartPole-v1: return (\d+\.\d) \+- (\d+\.\d) over 20 episodes\n", output.out)
         assert said[name]
     assert said["first"][0] == said["again"][0] != said["other seed"][0]
@@ -414,7 +386,7 @@ def test_evaluate_remembers_within_an_episode_only(norm_obs, reset):
     the statistics of the training, which do not change.
     """
     path = train(small(3, env_id="test/Echo-v0", norm_obs=norm_obs, reset_lstm_state=reset))
-    state = checkpoint(path)
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
     state["agent"]["actor.linear.weight"] *= 100  # actions that differ from one observation to the next
     torch.save(state, path / "checkpoint.pt")
     stats = {name: tensor.numpy() for name, tensor in state["agent"]["_extra_state"]["obs"].items()}
@@ -443,7 +415,7 @@ def test_evaluate_forgets_at_lost_lives(monkeypatch):
     """As in training, where they end episodes; the game and its return go on."""
     path = train(small(1, **GAME | {"env_id": "Breakout", "env_backend": "gymnasium"}))
     prefer(path, 0, 5.0)  # does nothing: the first ball is lost after 23 steps
-    states, dones, step, make_envs = [], [], ppo_lstm.Agent.step, ppo_lstm.make_envs
+    states, dones, step, make_envs = [], [], ppo_atari_lstm.Agent.step, ppo_atari_lstm.make_envs
 
     def make_and_watch(*inputs):
         envs = make_envs(*inputs)
@@ -451,18 +423,55 @@ def test_evaluate_forgets_at_lost_lives(monkeypatch):
 
         def step_and_watch(actions):
             result = env_step(actions)
-            dones.append(bool(result[2][0] or result[3][0]))
+            dones.append(bool(result[2][0]))
             return result
 
         envs.step = step_and_watch
         return envs
 
-    monkeypatch.setattr(ppo_lstm, "make_envs", make_and_watch)
-    monkeypatch.setattr(ppo_lstm.Agent, "step", lambda agent, obs, s: states.append(s.clone()) or step(agent, obs, s))
-    words = ["--evaluate", str(path), "--eval-episodes", "1", "--max-game-frames", "200", "--eval-deterministic"]
-    assert ppo_lstm.evaluate(ppo_lstm.parse_args(words)) == [0.0]
-    assert sum(dones) == 2 and dones[-1]  # the lost ball and the end of the game
-    assert [bool(state.any()) for state in states] == [False] + [not done for done in dones[:-1]]
+    def step_and_keep(agent, obs, state):
+        states.append(state.clone())
+        return step(agent, obs, state)
+
+    monkeypatch.setattr(ppo_atari_lstm, "make_envs", make_and_watch)
+    monkeypatch.setattr(ppo_atari_lstm.Agent, "step", step_and_keep)
+    line = ["--evaluate", str(path), "--eval-episodes", "1", "--max-game-frames", "200", "--eval-deterministic"]
+    assert ppo_atari_lstm.evaluate(ppo_atari_lstm.parse_args(line)) == [0.0]
+    assert sum(dones[:50]) == 2 and dones[:50].index(True) == 22  # the lost ball and the end of the game
+    # Each rollout of 100 steps ends with a look at the value of what comes after it, from the state that goes on.
+    assert [bool(state.any()) for state in states[:100]] == [False] + [not done for done in dones[:99]]
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_evaluate_games_as_asked(greedy):
+    """Samples of the policy, or its most probable action: with two actions nearly alike that shows."""
+    path = train(small(1, **GAME | {"env_backend": "gymnasium"}))
+    prefer(path, 2, 0.1)
+    taken, make_envs = [], ppo_atari_lstm.make_envs
+
+    def make_and_watch(*inputs):
+        envs = make_envs(*inputs)
+        env_step = envs.step
+        envs.step = lambda actions: taken.append(int(actions[0])) or env_step(actions)
+        return envs
+
+    line = ["--evaluate", str(path), "--eval-episodes", "1", *["--eval-deterministic"] * greedy]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_atari_lstm, "make_envs", make_and_watch)
+        ppo_atari_lstm.evaluate(ppo_atari_lstm.parse_args(line))
+    assert len(taken) == 100 and (set(taken) == {2}) == greedy
+
+
+@pytest.mark.parametrize("task", ["CartPole", "Pong"])
+def test_evaluate_cuts_endless_episodes(task, capsys):
+    """After --eval-max-steps steps."""
+    args = small(1, **TASKS[task])
+    path, script = train(args), test_runs.script_of(args)
+    capsys.readouterr()
+    assert script.main(["--evaluate", str(path), "--eval-episodes", "2", "--eval-max-steps", "3"]) == 0
+    lengths = re.findall(r"after (\d+) steps", capsys.readouterr().err)
+    assert lengths == ["3", "3"] if task == "CartPole" else all(0 < int(length) <= 3 for length in lengths)
+    assert len(lengths) == 2
 
 
 def test_evaluate_whatever_the_sizes_of_the_training(capsys):
@@ -470,20 +479,20 @@ def test_evaluate_whatever_the_sizes_of_the_training(capsys):
     path = train(small(1, num_envs=4, num_minibatches=4))
     capsys.readouterr()
     assert ppo_lstm.main(["--evaluate", str(path), "--eval-episodes", "1"]) == 0
-    assert capsys.readouterr().err == ""
+    assert problems(capsys.readouterr().err) == []
 
 
 @pytest.mark.parametrize("task", ["CartPole", "Pong"])
 def test_videos_of_the_evaluation(task, capsys):
-    """One for each episode; games are then played with gymnasium, for EnvPool cannot record.
+    """One for each episode.
 
     What the library that draws CartPole says without a display goes past Python, and is not looked at.
     """
-    settings = TASKS[task] | ({"env_backend": "auto"} if task == "Pong" else {})
-    path = train(small(1, **settings))
+    args = small(1, **TASKS[task])
+    path, script = train(args), test_runs.script_of(args)
     before = files(path)
     capsys.readouterr()
-    assert ppo_lstm.main(["--evaluate", str(path), "--eval-episodes", "2", "--capture-video"]) == 0
+    assert script.main(["--evaluate", str(path), "--eval-episodes", "2", "--capture-video"]) == 0
     output = capsys.readouterr()
     assert re.fullmatch(r"\S+: return -?\d+\.\d \+- \d+\.\d over 2 episodes\n", output.out)
     assert problems(output.err) == []
@@ -510,65 +519,90 @@ BAD_FLAGS = {
     "environments that cannot be shared": ("--num-envs 6 --num-minibatches 4", "6 envs cannot be shared equally by 4"),
     "more minibatches than environments": ("--num-envs 2 --num-minibatches 4", "2 envs cannot be shared equally by 4"),
     "minibatches of one sample": ("--num-envs 4 --num-steps 1 --num-minibatches 4", "one sample cannot be normalized"),
-    "no whole rollout": ("--total-timesteps 1023", "1023 is below one rollout of 1024 steps"),
+    "no whole rollout": ("--total-timesteps 1023", "1023 is below one rollout, 1024 steps"),
     "0 cells": ("--lstm-size 0", "--lstm-size must be from 1"),
     "negative cells": ("--lstm-size=-128", "--lstm-size must be from 1"),
-    "text for cells": ("--lstm-size large", "--lstm-size"),
     "0 environments": ("--num-envs 0", "--num-envs must be from 1"),
-    "0 frames for an action": ("--frame-skip 0", "--frame-skip must be from 1"),
-    "0 frames in a game": ("--max-game-frames 0", "--max-game-frames must be from 1"),
-    "negative no-ops": ("--noop-max=-1", "--noop-max must be from 0"),
     "negative seed": ("--seed=-1", "--seed must be from 0"),
     "nan gamma": ("--gamma nan", "--gamma must be from 0"),
-    "unknown backend": ("--env-backend brax", "--env-backend must be auto, gymnasium or envpool, not brax"),
-    "empty backend": ("--env-backend=", "--env-backend must be auto, gymnasium or envpool"),
-    "videos of EnvPool": (f"{POOL} Pong --capture-video", "EnvPool cannot record videos: add --env-backend gymnasium"),
-    "processes for EnvPool": (f"{POOL} Pong --async-envs", "--async-envs is for --env-backend gymnasium"),
-    "Discrete observations of EnvPool": (f"{POOL} FrozenLake-v1", "Discrete observations need --env-backend gymnasium"),
+    "Discrete observations of EnvPool": (
+        f"{POOL} FrozenLake-v1",
+        "observations Discrete(16) need --env-backend gymnasium",
+    ),
     "close id of EnvPool": (f"{POOL} HalfCheeta-v4", "did you mean HalfCheetah-v4"),
     "unknown id of EnvPool": (f"{POOL} Zork-v0", "EnvPool has no Zork-v0"),
     "environment that EnvPool does not have": (f"{POOL} test/Odd-v0", "EnvPool has no test/Odd-v0"),
-    "Dict observations of EnvPool": (f"{POOL} CartpoleSwingup-v1", "Box or Discrete observations, not Dict"),
-    "unknown argument of EnvPool": (f'{POOL} Pong --env-kwargs {{"wind":3}}', "wind"),
-    "larger images of EnvPool": (f'{POOL} Pong --env-kwargs {{"img_height":96}}', "must show 84 x 84 gray pixels"),
-    "colors of EnvPool": (f'{POOL} Pong --env-kwargs {{"gray_scale":false}}', "must show 84 x 84 gray pixels"),
-    "memory instead of images": (
-        '--env-id Pong --env-backend gymnasium --env-kwargs {"obs_type":"ram"}',
-        "the game must show color images, not Box(0, 255, (128,)",
-    ),
-    "arguments of EnvPool as a list": (f"{POOL} Pong --env-kwargs [3]", "--env-kwargs [3]"),
     "MultiDiscrete actions": ("--env-id test/MultiDiscreteActions-v0", "not MultiDiscrete"),
     "integer Box actions": ("--env-id test/IntegerBox-v0", "floating-point numbers, not Box(0, 5, (2,), int64)"),
-    "Dict observations": ("--env-id test/DictObs-v0", "Box or Discrete observations, not Dict"),
-    "Tuple observations": ("--env-id test/TupleObs-v0", "Box or Discrete observations, not Tuple"),
-    "Tuple observations of a card game": ("--env-id Blackjack-v1", "Box or Discrete observations, not Tuple"),
-    "constructor that raises": ("--env-id test/Broken-v0", "the simulator is broken"),
     "close environment id": ("--env-id CartPol-v1", "CartPole"),
     "unknown environment id": ("--env-id Nothing-v3", "Nothing"),
     "old environment version": ("--env-id Pendulum-v0", "Pendulum"),
-    "empty environment id": ("--env-id=", "cannot make"),
     "missing environment module": ("--env-id no_such_module:Env-v0", "no_such_module"),
-    "unknown game": ("--env-id Brekout", "did you mean the Atari game Breakout?"),
-    "game in lower case": ("--env-id pong", "did you mean the Atari game Pong"),
-    "game that skips frames": ("--env-id BreakoutDeterministic-v4", "use Breakout"),
     "environment arguments as a list": ("--env-kwargs [3]", "--env-kwargs [3]"),
     "environment arguments that are no JSON": ("--env-kwargs {size:3}", "--env-kwargs {size:3}"),
     "unknown environment argument": ('--env-kwargs {"wind":3}', "wind"),
-    "close flag": ("--lstm-sise 4", "--lstm-size"),
-    "flag of another script": ("--frame-stack 4", "--frame-stack"),
+    "entry that does not exist": ("--hide 1 4", "--hide 4: the entries of an observation are 0 to 3"),
     "resume of nothing": ("--resume nowhere", "nowhere is not a run directory of ppo_lstm.py"),
     "evaluation of nothing": ("--evaluate nowhere", "nowhere is not a run directory of ppo_lstm.py"),
-    "resume and evaluation": ("--resume a --evaluate b", "exclude each other"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_bad_flags(case, capfd):
     """One line on stderr, exit code 2, nothing created."""
-    words, fragment = BAD_FLAGS[case]
-    if POOL in words:
+    line, fragment = BAD_FLAGS[case]
+    if POOL in line:
         pytest.importorskip("envpool")  # exists for Linux only
-    assert fragment in refusal(words.split(" "), capfd, ppo_lstm)
+    assert fragment in refusal(line.split(" "), capfd, ppo_lstm)
+
+
+GYM = "--env-backend gymnasium"
+BAD_GAMES = {
+    "environments that cannot be shared": ("--num-envs 6 --num-minibatches 4", "6 envs cannot be shared equally by 4"),
+    "0 frames for an action": ("--frame-skip 0", "--frame-skip must be from 1"),
+    "0 frames in a game": ("--max-game-frames 0", "--max-game-frames must be from 1"),
+    "negative no-ops": ("--noop-max=-1", "--noop-max must be from 0"),
+    "videos of EnvPool": ("--env-id Pong --capture-video", "EnvPool cannot record videos: add --env-backend gymnasium"),
+    "unknown argument of EnvPool": ('--env-id Pong --env-kwargs {"wind":3}', "wind"),
+    "unknown argument": (f'{GYM} --env-id Pong --env-kwargs {{"wind":3}}', "wind"),
+    "larger images of EnvPool": ('--env-id Pong --env-kwargs {"img_height":96}', "must show 84 x 84 gray pixels"),
+    "colors of EnvPool": ('--env-id Pong --env-kwargs {"gray_scale":false}', "must show 84 x 84 gray pixels"),
+    "arguments of EnvPool as a list": ("--env-id Pong --env-kwargs [3]", "--env-kwargs [3]"),
+    "memory instead of images": (f'{GYM} --env-kwargs {{"obs_type":"ram"}}', "the game must show color images"),
+    "frames skipped twice": (f'{GYM} --env-kwargs {{"frameskip":4}}', "use --frame-skip"),
+    "no game": ("--env-id CartPole-v1", "there is no Atari game CartPole-v1"),
+    "unknown game": ("--env-id Brekout", "did you mean Breakout?"),
+    "game in lower case": ("--env-id pong", "did you mean Pong"),
+    "game that skips frames": ("--env-id BreakoutDeterministic-v4", "use Breakout"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GAMES)
+def test_bad_flags_of_games(case, capfd):
+    """One line on stderr, exit code 2, nothing created."""
+    line, fragment = BAD_GAMES[case]
+    if GYM not in line:
+        pytest.importorskip("envpool")  # exists for Linux only
+    assert fragment in refusal(line.split(" "), capfd, ppo_atari_lstm)
+
+
+# What tyro refuses itself: it draws a box, and exits.
+BAD_WORDS = [
+    (ppo_lstm, "--lstm-size large", "--lstm-size"), (ppo_lstm, "--lstm-sise 4", "--lstm-size"),
+    (ppo_lstm, "--hide angle", "--hide"), (ppo_lstm, "--hide 1.5", "--hide"), (ppo_lstm, "--noop-max 3", "--noop-max"),
+    (ppo_lstm, "--env-backend brax", "--env-backend"), (ppo_lstm, "--compile", "--compile"),
+    (ppo_atari_lstm, "--hide 3", "--hide"), (ppo_atari_lstm, "--frame-stack 4", "--frame-stack"),
+    (ppo_atari_lstm, "--env-backend auto", "--env-backend"), (ppo_atari_lstm, "--no-encoder", "--no-encoder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "line", "fragment"), BAD_WORDS)
+def test_bad_words(script, line, fragment, capfd):
+    with pytest.raises(SystemExit) as stop:
+        script.main(line.split(" "))
+    output = capfd.readouterr()
+    assert stop.value.code == 2 and fragment in output.err and output.out == ""
+    assert listing(Path.cwd()) == {}
 
 
 @pytest.fixture(scope="module")
@@ -602,10 +636,9 @@ def test_damaged_run_directories(damage, flag, run_copy, capfd):
 
 OTHER_NETWORKS = {
     "other cells": ("--lstm-size 8", "lstm.weight_ih_l0"),
-    "no encoder": ("--no-encoder", "network.layers.0.weight"),
-    "other observations": ("--env-id Acrobot-v1", "cannot reshape"),
-    "continuous actions": ("--env-id Pendulum-v1", "cannot reshape"),
-    "images": ("--env-id Pong", "cannot reshape"),
+    "no encoder": ("--no-encoder", "lstm.weight_ih_l0"),
+    "other observations": ("--env-id Acrobot-v1 --hide", "cannot reshape"),
+    "continuous actions": ("--env-id Pendulum-v1 --hide", "cannot reshape"),
 }
 
 
@@ -613,9 +646,9 @@ OTHER_NETWORKS = {
 @pytest.mark.parametrize("case", OTHER_NETWORKS)
 def test_checkpoint_of_another_network(case, flag, run_copy, capfd):
     """Loading would fail, or leave a part of the network as it was."""
-    words, fragment = OTHER_NETWORKS[case]
-    problem = refusal([flag, str(run_copy), *words.split()], capfd, ppo_lstm)
-    assert f"cannot use {run_copy}/checkpoint.pt" in problem and fragment in problem
+    line, fragment = OTHER_NETWORKS[case]
+    problem = refusal([flag, str(run_copy), *line.split()], capfd, ppo_lstm)
+    assert f"cannot use {run_copy.resolve()}/checkpoint.pt" in problem and fragment in problem
 
 
 def test_resume_cannot_change_the_size_of_a_rollout(run_copy, capfd):
@@ -640,25 +673,26 @@ def test_one_line_on_stderr(run_copy):
 
 def test_training_that_diverges(capfd):
     """A learning rate without sense: exit code 1, one line that names the update, and a checkpoint of use."""
-    assert ppo_lstm.main(flags(small(3, learning_rate=2e9, max_grad_norm=1e9, **PENDULUM))) == 1
+    assert ppo_lstm.main(words(small(3, learning_rate=2e9, max_grad_norm=1e9, **PENDULUM))) == 1
     (path,) = Path("runs").iterdir()
     (line,) = problems(capfd.readouterr().err)
-    said = r"ppo_lstm\.py: error: update \d is not finite; (.*) keeps the last checkpoint"
-    assert re.fullmatch(said, line)[1] == str(path)
+    said = r"ppo_lstm\.py: error: in update \d, .* is not finite.*; the last checkpoint in (.*) is good"
+    assert re.fullmatch(said, line)[1] == str(path.resolve())
     weights = {key: value for key, value in checkpoint(path)["agent"].items() if key != "_extra_state"}
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert ppo_lstm.main(["--resume", str(path), "--learning-rate", "1e-4"]) == 0
     assert update_steps(path) == [1, 2, 3]
 
 
-def test_help(capsys, monkeypatch):
+@pytest.mark.parametrize("script", [ppo_lstm, ppo_atari_lstm])
+def test_help(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
-        ppo_lstm.main(["--help"])
+        script.main(["--help"])
     assert not stop.value.code
     output = capsys.readouterr()
     assert output.err == ""
-    for field in fields(ppo_lstm.Args):
+    for field in fields(script.Args):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", output.out), field.name
     assert not list(Path.cwd().iterdir())
 
@@ -691,14 +725,15 @@ def learn(updates: int, **changed) -> float:
     """Trains on Recall until the last 100 episodes gave more than 0.95 on average; returns the best such mean."""
     best, end_update = [0.0], ppo_lstm.Run.end_update
 
-    def spy(run, rollout, values):
-        end_update(run, rollout, values)
+    def spy(run, ends, values):
+        end_update(run, ends, values)
         if len(run.returns) == 100:
             best.append(float(np.mean(run.returns)))
         if best[-1] > 0.95:
-            run.stopped_by = "success"
+            ppo_lstm.SIGNALS.append("success")
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_lstm, "SIGNALS", [])
         patch.setattr(ppo_lstm.Run, "end_update", spy)
         ppo_lstm.train(small(updates, **RECALL | changed))
     return max(best)
@@ -715,27 +750,3 @@ def test_without_memory_nothing_can_be_recalled(monkeypatch):
     monkeypatch.setattr(ppo_lstm.Agent, "step", lambda agent, obs, state: step(agent, obs, 0 * state))
     monkeypatch.setattr(ppo_lstm, "unroll", lambda lstm, x, s, dones: unroll(lstm, x, 0 * s, torch.ones_like(dones)))
     assert 0.3 < learn(30) < 0.75  # the best of 29 means of 100 coin tosses is 0.6 or so
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["CartPole", "Pendulum", "Pong"])
-def test_compiled_training_is_the_same_training(task):
-    """Three updates with --compile end at the parameters of eager mode, but for rounding: sums in another order."""
-    states, settings = [], {"anneal_clip": True, "learning_rate": 1e-3} | TASKS[task]
-    for compiled in (False, True):
-        states.append(checkpoint(train(small(3, compile=compiled, runs_dir=str(compiled), **settings))))
-    weights = [state["agent"] for state in states]
-    statistics = [agent.pop("_extra_state") for agent in weights]
-    torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-4, atol=1e-4)  # the same course of the task
-    for name, eager in weights[0].items():
-        torch.testing.assert_close(weights[1][name], eager, rtol=0, atol=1e-4)
-    assert (states[0]["moment1"] - states[1]["moment1"]).norm() < 1e-2 * states[0]["moment1"].norm()
-    # The bound means something: the parameters moved at least 20 times as far.
-    args = small(3, **settings)
-    envs = ppo_lstm.make_envs(args)
-    torch.manual_seed(1)
-    spaces = envs.single_observation_space, envs.single_action_space
-    start = ppo_lstm.Agent(*spaces, ppo_lstm.effective_args(args, envs)).state_dict()
-    envs.close()
-    moved = [(tensor - start[name]).abs().max() for name, tensor in weights[0].items()]
-    assert max(moved) > 2e-3

@@ -24,7 +24,14 @@ DIFFERENCES = {
         "evaluate": "observations are normalized, and the LSTM has a state",
         "parse_args": "--hide is a list in config.json",
     },
-    "ppo_atari_lstm.py": {},
+    "ppo_atari_lstm.py": {
+        "EpisodeEnd": "observations are images",
+        "Environments.step": "a lost life ends an episode of learning, but not the game",
+        "layer_init": "convolutions too",
+        "check_args": "minibatches are whole environments, and nothing is compiled",
+        "compiled": "nothing is compiled",
+        "evaluate": "the LSTM has a state",
+    },
 }
 SCRIPTS = [
     script
@@ -76,6 +83,18 @@ def drift(base: str, other: str, shared: list[str], allowed: dict[str, str]) -> 
     # An allowance that is not used would hide the next difference.
     found += [f"{name} does not differ" for name in allowed if name not in old or old[name] == new.get(name)]
     return found
+
+
+WRAPPERS = ("NoopReset", "MaxAndSkip", "EpisodicLife", "FireReset", "WarpFrame")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_games_are_wrapped_in_the_same_way(wrapper):
+    """With and without an LSTM."""
+    with_lstm, without = (definitions((ROOT / f"ppo_atari{name}.py").read_text()) for name in ("_lstm", ""))
+    names = [name for name in without if name.split(".")[0] == wrapper]
+    assert len(names) > 1
+    assert [name for name in names if with_lstm.get(name) != without[name]] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
