@@ -49,6 +49,8 @@ from test_runs import (
 import ppo
 import ppo_atari
 
+pytestmark = pytest.mark.slow  # these start whole runs
+
 SCRIPT = Path(ppo_atari.__file__).resolve()
 BATCH = 16  # samples in one rollout of a small run
 NO_BF16 = "this processor has no instructions for bfloat16: --amp will be slower than without"

@@ -34,6 +34,8 @@ from gymnasium.vector import VectorEnv
 import ppo_atari
 from ppo_atari import RANK, WORLD_SIZE
 
+pytestmark = pytest.mark.slow  # these start whole runs
+
 RANKS = 2
 BACKENDS = ["gymnasium", "envpool"] if importlib.util.find_spec("envpool") else ["gymnasium"]  # EnvPool: Linux only
 SCRIPT = Path(ppo_atari.__file__).resolve()

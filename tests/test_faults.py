@@ -19,6 +19,8 @@ import torch
 from conftest import ROOT
 from gymnasium.spaces import Box, Discrete
 
+pytestmark = pytest.mark.slow  # these start whole runs
+
 NAMES = [name for name in ("ppo", "ppo_continuous", "ppo_lstm")
          if "\nclass Environments" in (ROOT / f"{name}.py").read_text()]  # fmt: skip
 SCRIPTS = [__import__(name) for name in NAMES]

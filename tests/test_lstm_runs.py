@@ -51,6 +51,8 @@ import ppo
 import ppo_atari_lstm
 import ppo_lstm
 
+pytestmark = pytest.mark.slow  # these start whole runs
+
 SCRIPT = Path(ppo_lstm.__file__).resolve()
 PENDULUM = {"env_id": "Pendulum-v1"}
 SHORT = {"env_id": "Pong", "num_steps": 8, "num_envs": 2, "update_epochs": 1, "noop_max": 1, "max_game_frames": 24}

@@ -24,6 +24,8 @@ from gymnasium.spaces import Box, Discrete
 import ppo
 import ppo_continuous
 
+pytestmark = pytest.mark.slow  # these start whole runs
+
 SCRIPT = Path(ppo.__file__).resolve()
 BOTH = pytest.mark.parametrize("script", [ppo, ppo_continuous])
 BATCH = 64  # samples in one rollout of a small run
