@@ -376,7 +376,10 @@ def make_envs(args: Args, video_folder: Path | None = None) -> Environments:
     def make_game(index: int) -> gym.Env:
         # The official code's games are cut off at 400,000 frames, those registered in gymnasium at 108,000. [extra-28]
         kwargs = {"frameskip": 1, "repeat_action_probability": 0.0, "max_num_frames_per_episode": max_frames}
-        env = make_env(f"ALE/{game}-v5", args, video_folder if index == 0 else None, **kwargs)
+        try:
+            env = make_env(f"ALE/{game}-v5", args, video_folder if index == 0 else None, **kwargs)
+        except OSError as error:  # the game's ROM is missing
+            raise InputError(f"cannot make {args.env_id}: {one_line(error)}") from error
         if "frameskip" in json.loads(args.env_kwargs):
             raise InputError("this script skips frames by itself: use --frame-skip, not frameskip in --env-kwargs")
         env = MaxAndSkip(NoopReset(env, args.noop_max), args.frame_skip)

@@ -15,9 +15,7 @@ if __name__ == "__main__":
     args = script.parse_args(sys.argv[2:])
     envs = script.make_envs(args)
     envs.reset(seed=args.seed)
-    # Scripts whose environments are a vector of gymnasium's say so of a single one.
-    single = envs.single_action_space if hasattr(envs, "single_action_space") else envs.action_space
-    space = batch_space(single, args.num_envs)
+    space = batch_space(envs.action_space, args.num_envs)
     space.seed(args.seed)
     actions = [space.sample() for _ in range(1000)]
     for step in range(int(args.total_timesteps // args.num_envs)):

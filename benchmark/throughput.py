@@ -1,7 +1,7 @@
 """Measures training speed on this machine, all commands side by side.
 
     python -m benchmark throughput --peer 'CleanRL=python /path/to/cleanrl/ppo.py --total-timesteps {steps}'
-    python -m benchmark throughput --script ppo_atari --modes eager compile amp
+    python -m benchmark throughput --script ppo_atari_envpool --modes eager compile amp
     python -m benchmark throughput --script ppo_continuous --num-envs 1 4 16 64 --batch-size 2048
 
 Every command is run with a small and with a large number of steps ({steps} in the command): their difference leaves out

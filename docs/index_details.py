@@ -15,6 +15,8 @@ SCRIPTS = (
     "ppo.py",
     "ppo_continuous.py",
     "ppo_atari.py",
+    "ppo_atari_envpool.py",
+    "ppo_atari_multigpu.py",
     "ppo_lstm.py",
     "ppo_atari_lstm.py",
 )
@@ -54,7 +56,7 @@ DETAILS = {
     "atari-5": ("Gray images of 84 x 84 pixels", "--no-area-resize",
                 "test_official_image_processing"),
     "atari-6": ("Reward clipping to its sign", "--no-clip-reward",
-                "test_atari_6_sign_of_the_reward"),
+                "test_every_sample_is_learned_from_with_its_own_numbers"),
     "atari-7": ("Four frames stacked", "--frame-stack", "test_atari_7_stacks_by_definition"),
     "atari-8": ("Policy and value function share the Nature-CNN", "--no-shared-network",
                 "test_atari_8_number_of_parameters"),

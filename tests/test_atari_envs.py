@@ -1,6 +1,7 @@
-"""The environments of ppo_atari.py: recordings of the official code, each wrapper, episodes' boundaries, both backends.
+"""Environments of games: recordings of the official code, each wrapper, stacks, episodes' boundaries, both backends.
 
-The fixtures' README says how the recordings were made.
+ppo_atari.py has gymnasium's, ppo_atari_envpool.py has EnvPool's; the wrappers stand in ppo_atari_lstm.py as well, in
+the same words. test_games.py says what games do in each script. The fixtures' README says how recordings were made.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import gymnasium as gym
@@ -24,18 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_atari
-from ppo_atari import Args, InputError, make_envs
+import ppo_atari_envpool
+import ppo_atari_lstm
+from ppo_atari import Args, make_envs
 
-BACKENDS = ["gymnasium", "envpool"]
-
-
-def equal(ours, theirs):
-    """Equality of nested infos."""
-    if isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in theirs)
-    if theirs.dtype == object:
-        return len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(ours, theirs))
-    return np.array_equal(ours, theirs)
+SCRIPTS = {"gymnasium": ppo_atari, "envpool": ppo_atari_envpool}
 
 
 needs_envpool = pytest.mark.skipif(importlib.util.find_spec("envpool") is None, reason="EnvPool exists for Linux only")
@@ -75,10 +68,14 @@ def uniform_policy(actions: int):
     return lambda obs: (torch.zeros(len(obs), actions), torch.zeros(len(obs)))
 
 
-def first_stacks(frames: np.ndarray, args: Args) -> torch.Tensor:
-    """The observations that a run starts with."""
-    black = torch.zeros((len(frames), args.frame_stack, *frames.shape[1:]), dtype=torch.uint8)
-    return ppo_atari.stack_frames(black, frames, np.ones(len(frames), bool), args)
+def backend_envs(backend: str, **changed):
+    """The environments of the script with that backend."""
+    return SCRIPTS[backend].make_envs(SCRIPTS[backend].Args(**changed))
+
+
+def newest(obs: np.ndarray) -> np.ndarray:
+    """The last frames [N, 84, 84] of stacks [N, frame_stack, 84, 84]; frames that are not stacked are the last ones."""
+    return (obs[:, -1] if obs.ndim == 4 else obs).copy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,34 +88,41 @@ def test_official_recording(load_fixture, game):
     """Every number that the official wrappers gave, bit by bit: images, rewards, ends, lives and statistics."""
     with load_fixture(f"atari_{game}") as file:
         data = {key: file[key] for key in file.files}
-    args = Args(env_id=game, env_backend="gymnasium", num_envs=2)
-    envs = make_envs(args)
-    consoles, raw_rewards = [env.unwrapped for env in envs.envs], [0.0, 0.0]
+    envs = make_envs(Args(env_id=game, num_envs=2))
+    consoles, raw_rewards, lives = [env.unwrapped for env in envs.envs], [0.0, 0.0], [0, 0]
     for i, console in enumerate(consoles):
         console._np_random = FixedRandom(int(data["noops"][i]))
+
+        # A single reset without a seed: BeamRider's first screen depends on how often the emulator was reset since the
+        # game was loaded, and a seed would replace the fixed number of no-ops.
+        def reset(*, seed=None, options=None, original=console.reset):
+            return original()
 
         def step(action, i=i, original=console.step):
             result = original(action)
             raw_rewards[i] += result[1]
             return result
 
-        console.step = step
+        def shown(action, i=i, original=envs.envs[i].step):
+            result = original(action)
+            lives[i] = result[4]["lives"]
+            return result
+
+        console.reset, console.step, envs.envs[i].step = reset, step, shown
     assert list(data["action_meanings"]) == consoles[0].get_action_meanings()
 
     def sha256(images) -> list[str]:
         return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
 
-    def official(obs: torch.Tensor) -> np.ndarray:  # channels last
-        return obs.permute(0, 2, 3, 1).numpy()
+    def official(obs: np.ndarray) -> np.ndarray:  # channels last
+        return obs.transpose(0, 2, 3, 1)
 
-    def state(obs: torch.Tensor) -> dict:
+    def state(obs: np.ndarray) -> dict:
         screens = [console.ale.getScreenRGB() for console in consoles]
         return {"obs_sha256": sha256(official(obs)), "obs_sum": official(obs).sum((1, 2, 3), np.int64),
                 "screen_sha256": sha256(screens), "lives": [console.ale.lives() for console in consoles]}  # fmt: skip
 
-    # A single reset without a seed: BeamRider's first screen depends on how often the emulator was reset since the
-    # game was loaded, and a seed would replace the fixed number of no-ops.
-    obs = first_stacks(envs.reset()[0], args)
+    obs = envs.reset(1)
     for key, value in state(obs).items():
         np.testing.assert_array_equal(value, data[f"reset_{key}"], err_msg=key)
     whole = {
@@ -131,16 +135,15 @@ def test_official_recording(load_fixture, game):
             if (t, i) in whole:
                 np.testing.assert_array_equal(official(obs)[i], whole.pop((t, i)), err_msg=f"observation {t}, {i}")
         raw_rewards[:] = 0, 0
-        frames, rewards, terminations, truncations, infos = envs.step(actions)
-        dones = terminations | truncations
-        obs = ppo_atari.stack_frames(obs, frames, dones, args)
-        row = state(obs) | {"rewards": rewards.copy(), "raw_rewards": list(raw_rewards), "dones": dones}
-        row["lives_before_reset"] = np.where(dones, infos.get("final_info", {}).get("lives", 0), row["lives"])
-        game_over = infos.get("final_info", {}).get("_episode", np.zeros(2, bool))
-        episode = infos.get("final_info", {}).get("episode", {"r": np.zeros(2), "l": np.zeros(2)})
-        row["game_over"] = game_over
-        row["episode_return"] = np.where(game_over, episode["r"], np.nan)
-        row["episode_length"] = np.where(game_over, episode["l"], -1)
+        obs, rewards, dones, ends = envs.step(actions)
+        # The official environments clip rewards; here training does.
+        row = state(obs) | {"rewards": np.sign(rewards), "raw_rewards": list(raw_rewards), "dones": dones.copy()}
+        row["lives_before_reset"] = lives.copy()
+        row |= {"game_over": [False] * 2, "episode_return": [np.nan] * 2, "episode_length": [-1] * 2}
+        for end in ends:
+            assert not end.truncated
+            row["game_over"][end.env] = True
+            row["episode_return"][end.env], row["episode_length"][end.env] = end.episodic_return, end.length
         rows.append(row)
     for i in range(2):
         if (len(rows), i) in whole:
@@ -181,7 +184,7 @@ def test_area_resize_switch(load_fixture):
     screens = load_fixture("atari_preproc")["Breakout/raw_frames"].max(1)
     images = {}
     for area_resize in (True, False):
-        envs = make_envs(Args(env_backend="gymnasium", num_envs=1, area_resize=area_resize))
+        envs = make_envs(Args(num_envs=1, area_resize=area_resize))
         images[area_resize] = np.stack([wrapper_of(envs.envs[0], ppo_atari.WarpFrame).observation(x) for x in screens])
         envs.close()
     for screen, image in zip(screens, images[False]):
@@ -414,7 +417,7 @@ def test_atari_4_a_life_that_is_lost_meanwhile():
 def test_atari_4_only_where_there_is_fire():
     """Freeway has no FIRE: its actions 1 and 2 would move the chicken. After a reset, no-ops are all that happened."""
     for game, hidden in (("Freeway", 0), ("Breakout", 8)):
-        envs = make_envs(Args(env_id=game, env_backend="gymnasium", num_envs=1))
+        envs = make_envs(Args(env_id=game, num_envs=1))
         env = envs.envs[0]
         assert (wrapper_of(env, ppo_atari.FireReset) is None) == (game == "Freeway")
         assert ("FIRE" in env.unwrapped.get_action_meanings()) == (game == "Breakout")
@@ -426,22 +429,16 @@ def test_atari_4_only_where_there_is_fire():
         envs.close()
 
 
-@pytest.mark.parametrize(("reward", "clipped"), [(0.0, 0), (1.0, 1), (7.0, 1), (0.25, 1), (-1.0, -1), (-400.0, -1)])
-def test_atari_6_sign_of_the_reward(reward, clipped):
-    env = ppo_atari.ClipReward(Console(rewards={1: reward}))
-    env.reset()
-    assert env.step(0)[1] == clipped
-
-
-@pytest.fixture
-def make_console_envs(monkeypatch):
-    """Builds the wrappers of make_envs() around a Console; returns the vector environment and the console."""
+@pytest.fixture(params=[ppo_atari, ppo_atari_lstm], ids=["ppo_atari", "ppo_atari_lstm"])
+def make_console_envs(monkeypatch, request):
+    """Builds the wrappers of make_envs() around a Console; returns the environments and the console."""
 
     def make(changed=None, **console):
         console = Console(**console)
         monkeypatch.setattr(gym, "make", lambda *args, **kwargs: console)
-        args = {"env_backend": "gymnasium", "num_envs": 1, "noop_max": 1} | (changed or {})
-        envs = make_envs(Args(**args))
+        args = {"num_envs": 1, "noop_max": 1} | (changed or {})
+        args |= {"env_backend": "gymnasium"} if request.param is ppo_atari_lstm else {}
+        envs = request.param.make_envs(request.param.Args(**args))
         monkeypatch.undo()
         return envs, console
 
@@ -457,39 +454,69 @@ def test_all_wrappers_together(make_console_envs, clip_reward):
 
     [extra-26] [extra-27] The statistics are those of the whole game, with the steps and the rewards that the agent
     never sees: 2 agent steps at the start of a game and 3 after a lost life. No-ops at the start are not even steps.
+    [atari-6] Rewards are clipped by training, and never here.
     """
     envs, console = make_console_envs({"clip_reward": clip_reward}, losses=(32,), over=56, rewards=REWARDS)
-    frames, _ = envs.reset(seed=4)
+    obs = envs.reset(seed=4)
     for game in range(2):
-        assert level(frames[0]) == 9
+        assert level(newest(obs)) == 9
         # A no-op; FIRE and action 2 of four frames each. Then the agent plays from frame 9.
         start = [0, *[1] * 4, *[2] * 4]
         if game == 0:
             assert console.new_calls() == [("reset", 4), *start]
         frame, own_steps, life_loss = 9, 0, False
         while True:
-            frames, rewards, terminations, truncations, infos = envs.step(np.array([3]))
+            obs, rewards, dones, ends = envs.step(np.array([3]))
             own_steps += 1
             paid = [REWARDS.get(frame + k, 0.0) for k in range(1, 5)]
             over = frame + 4 > 56
             frame = min(frame + 4, 56)
             if over:  # the game ends in the third frame of this step
                 paid = paid[:3]
-            assert rewards[0] == (np.sign(sum(paid)) if clip_reward else sum(paid))
-            assert terminations[0] == (frame == 33 or over) and not truncations[0]
+            assert rewards[0] == sum(paid)
+            assert dones[0] == (frame == 33 or over) and len(ends) == over
             if frame == 33:
-                assert level(infos["final_obs"][0]) == 33
-                assert "episode" not in infos["final_info"]
                 assert console.new_calls() == [3] * 24 + [0] * 4 + [1] * 4 + [2] * 4
                 frame, life_loss = 45, True
             if over:
                 assert console.new_calls() == [3] * 11 + ["reset", *start]
                 break
-            assert level(frames[0]) == frame
+            assert level(newest(obs)) == frame
         assert life_loss and own_steps == 6 + 3
-        episode = infos["final_info"]["episode"]
-        assert episode["l"][0] == own_steps + 3 + 2
-        assert episode["r"][0] == sum(REWARDS.values()) - REWARDS[1]  # frame 1 was the no-op
+        env, episodic_return, length, last_obs, truncated = ends[0]
+        assert (env, truncated) == (0, False) and level(newest(last_obs[None])) == 56
+        assert length == own_steps + 3 + 2
+        assert episodic_return == sum(REWARDS.values()) - REWARDS[1]  # frame 1 was the no-op
+
+
+@pytest.mark.parametrize("end", ["over", "limit"])
+def test_extra_28_how_a_game_ended(make_console_envs, end):
+    """Truncated is what was cut off; its last observation is none of the next game's."""
+    envs, console = make_console_envs(**{end: 16})
+    envs.reset(seed=1)
+    for _ in range(2):
+        assert envs.step(np.array([3]))[3] == []
+        obs, _, dones, ends = envs.step(np.array([3]))
+        assert dones[0] and level(newest(obs)) == 9
+        assert [(end.env, end.truncated) for end in ends] == [(0, end == "limit")]
+        assert level(newest(ends[0].last_obs[None])) == 16
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_extra_35_seeds_of_environments(monkeypatch, skipped):
+    """Environment i gets seed + i; a resumed run, as many more as steps were done. From 2**31 on they begin at 0."""
+    for script in (ppo_atari, ppo_atari_lstm):
+        consoles = [Console() for _ in range(3)]
+        left = iter(consoles)
+        monkeypatch.setattr(gym, "make", lambda *args, **kwargs: next(left))
+        args = {"num_envs": 3, "noop_max": 0, "fire_reset": False}
+        args |= {"env_backend": "gymnasium"} if script is ppo_atari_lstm else {}
+        envs = script.make_envs(script.Args(**args))
+        monkeypatch.undo()
+        first_step = 4096 if skipped else 0
+        envs.reset(2**31 - 4097, *[first_step] * skipped)
+        for i, console in enumerate(consoles):
+            assert console.new_calls() == [("reset", (2**31 - 4097 + first_step + i) % 2**31)]
 
 
 @pytest.mark.parametrize(("changed", "calls"), [
@@ -503,26 +530,26 @@ def test_switches_of_wrappers(make_console_envs, changed, calls):
     skip = changed.get("frame_skip", 4)
     start = 1 + 2 * skip * changed.get("fire_reset", True)
     envs, console = make_console_envs(changed, losses=(start + 1,))
-    envs.reset()
+    envs.reset(seed=1)
     assert len(console.new_calls()) == 1 + start
-    _, _, terminations, _, _ = envs.step(np.array([3]))
+    _, _, dones, ends = envs.step(np.array([3]))
     assert console.new_calls() == calls
-    assert terminations[0] == changed.get("episodic_life", True)
+    assert dones[0] == changed.get("episodic_life", True) and ends == []
 
 
 @pytest.mark.parametrize("end", ["over", "limit"])
 def test_a_game_that_ends_in_hidden_steps(make_console_envs, end):
     """After a lost life the game may end before the agent is asked again: it then begins with a new game."""
     envs, console = make_console_envs(losses=(10,), **{end: 20})
-    envs.reset()
+    envs.reset(seed=1)
     console.new_calls()
-    frames, _, terminations, _, infos = envs.step(np.array([3]))  # frames 10 to 13; the hidden ones are 14 to 25
-    assert terminations[0] and "episode" not in infos["final_info"]
+    obs, _, dones, ends = envs.step(np.array([3]))  # frames 10 to 13; the hidden ones are 14 to 25
+    assert dones[0] and ends == []
     # No-op; FIRE until the game ends; a new game with its own no-op and FIRE... then action 2 goes on in it.
     assert console.new_calls() == [3] * 4 + [0] * 4 + [1] * 3 + ["reset", 0] + [2] * 4
-    assert level(frames[0]) == 5
-    frames, _, terminations, _, _ = envs.step(np.array([3]))
-    assert not terminations[0] and level(frames[0]) == 9
+    assert level(newest(obs)) == 5
+    obs, _, dones, _ = envs.step(np.array([3]))
+    assert not dones[0] and level(newest(obs)) == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,6 +557,48 @@ def test_a_game_that_ends_in_hidden_steps(make_console_envs, end):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Projector(gym.Env):
+    """Shows given images [K, 84, 84], one after the other; the episodes are cut off in the steps that dones [K] say."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, images: np.ndarray, dones: list[bool]):
+        self.images, self.dones = iter(images), iter(dones)
+
+    def reset(self, *, seed=None, options=None):
+        """Begins an episode with the next image."""
+        return next(self.images), {}
+
+    def step(self, action):
+        """Shows the next image."""
+        done = next(self.dones)
+        return next(self.images), 0.0, False, done, {"episode": {"r": 0.0, "l": 1}} if done else {}
+
+
+class ProjectorPool:
+    """Projectors with EnvPool's interface."""
+
+    def __init__(self, projectors: list[Projector]):
+        self.projectors, self.over = projectors, [False] * len(projectors)
+
+    def reset(self):
+        """Begins an episode in each."""
+        return np.stack([projector.reset()[0] for projector in self.projectors])[:, None], {}
+
+    def step(self, actions, chosen=None):
+        """Steps all or those chosen; those whose episode is over begin the next one."""
+        chosen = range(len(self.projectors)) if chosen is None else chosen
+        rows = []
+        for i in chosen:
+            projector = self.projectors[i]
+            rows.append((projector.reset()[0], False) if self.over[i] else projector.step(0)[::3])
+            self.over[i] = rows[-1][1]
+        images, over = map(np.stack, zip(*rows))
+        nothing = np.zeros(len(rows))
+        return images[:, None], nothing.astype(np.float32), nothing > 0, over, {"terminated": nothing.astype(np.uint8)}
+
+
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_envpool])
 @settings(max_examples=30, deadline=None)
 @given(
     dones=st.integers(1, 4).flatmap(
@@ -539,25 +608,41 @@ def test_a_game_that_ends_in_hidden_steps(make_console_envs, end):
     zero_stack=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_atari_7_stacks_by_definition(dones, frame_stack, zero_stack, seed):
-    """The last frames of the present episode, oldest first; what is missing is black [extra-24] or the first frame."""
-    args, num_envs = Args(frame_stack=frame_stack, zero_stack=zero_stack), len(dones[0])
-    frames = np.random.default_rng(seed).integers(1, 256, (len(dones) + 1, num_envs, 84, 84), np.uint8)
-    stacks = first_stacks(frames[0], args)
-    episodes = [[frame] for frame in frames[0]]
-    for first, new in zip([None, *dones], frames):
-        if first is not None:
-            before = stacks.clone()
-            later = ppo_atari.stack_frames(stacks, new, np.array(first), args)
-            assert torch.equal(stacks, before)  # it is part of the rollout
-            stacks = later
+def test_atari_7_stacks_by_definition(script, dones, frame_stack, zero_stack, seed):
+    """The last frames of the present episode, oldest first; what is missing is black [extra-24] or the first frame.
+
+    The last observation of an episode is a stack as well.
+    """
+    num_envs = len(dones[0])
+    images = np.random.default_rng(seed).integers(1, 256, (num_envs, 2 * len(dones) + 1, 84, 84), np.uint8)
+    projectors = [Projector(images[env], [row[env] for row in dones]) for env in range(num_envs)]
+    if script is ppo_atari:
+        envs = ppo_atari.Environments(projectors, Args(frame_stack=frame_stack, zero_stack=zero_stack))
+    else:
+        envs = object.__new__(ppo_atari_envpool.EnvpoolEnvironments)  # EnvPool itself is not needed
+        envs.make, envs.zero_stack = lambda seed: ProjectorPool(projectors), zero_stack
+        envs.obs = np.zeros((num_envs, frame_stack, 84, 84), np.uint8)
+
+    def stack(episode: list[np.ndarray]) -> list[np.ndarray]:
+        shown = episode[-frame_stack:]
+        return [np.zeros_like(shown[0]) if zero_stack else episode[0]] * (frame_stack - len(shown)) + shown
+
+    left = [iter(rows) for rows in images]
+    episodes = [[next(rows)] for rows in left]
+    for row in [None, *dones]:
+        if row is None:
+            obs = envs.reset(seed=1)
+        else:
+            obs, _, step_dones, ends = envs.step(np.zeros(num_envs, int))
+            assert step_dones.tolist() == row and [end.env for end in ends] == np.flatnonzero(row).tolist()
             for env in range(num_envs):
-                episodes[env] = [new[env]] if first[env] else [*episodes[env], new[env]]
-        assert stacks.dtype == torch.uint8 and stacks.shape == (num_envs, frame_stack, 84, 84)
+                episodes[env].append(next(left[env]))
+            for end in ends:
+                np.testing.assert_array_equal(end.last_obs, stack(episodes[end.env]))
+                episodes[end.env] = [next(left[end.env])]
+        assert obs.dtype == np.uint8 and obs.shape == (num_envs, frame_stack, 84, 84)
         for env in range(num_envs):
-            shown = episodes[env][-frame_stack:]
-            missing = [np.zeros_like(shown[0]) if zero_stack else episodes[env][0]] * (frame_stack - len(shown))
-            np.testing.assert_array_equal(stacks[env], [*missing, *shown])
+            np.testing.assert_array_equal(obs[env], stack(episodes[env]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,22 +655,21 @@ def breakout_score(ram: np.ndarray) -> int:
     return 100 * (ram[76] & 15) + 10 * (ram[77] >> 4) + (ram[77] & 15)
 
 
-def play_by_hand(args: Args, seed: int, actions: np.ndarray) -> tuple[dict, list]:
-    """Plays actions [T, N] with the library's own next-step autoreset, and leaves its reset steps out.
+def play_by_hand(backend: str, seed: int, actions: np.ndarray) -> tuple[dict, list]:
+    """Plays actions [T, N] of Breakout with the library's own next-step autoreset, and leaves its reset steps out.
 
     Returns what T true steps of each environment gave, [T, N] each, and the first frames of its episodes. Environments
     get their actions each at its own pace, for every reset costs one of them a step.
     """
     steps, num_envs = actions.shape
-    if args.env_backend == "gymnasium":
-        envs = gym.vector.SyncVectorEnv([lambda env=env: env for env in make_envs(args).envs], copy=False)
+    if backend == "gymnasium":
+        made = make_envs(Args(num_envs=num_envs)).envs
+        envs = gym.vector.SyncVectorEnv([lambda env=env: env for env in made], copy=False)
         frames, _ = envs.reset(seed=seed)
     else:
         import envpool
 
-        envs = envpool.make_gymnasium(
-            f"{args.env_id}-v5", num_envs=num_envs, seed=seed, stack_num=1, episodic_life=True, reward_clip=True
-        )
+        envs = envpool.make_gymnasium("Breakout-v5", num_envs=num_envs, seed=seed, stack_num=1, episodic_life=True)
         frames = envs.reset()[0][:, 0]
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     names = ("frames", "rewards", "dones", "game_over", "scores")
@@ -602,7 +686,7 @@ def play_by_hand(args: Args, seed: int, actions: np.ndarray) -> tuple[dict, list
                 starts[env].append(checksums[env])
                 continue
             if taken[env] < steps:
-                if args.env_backend == "gymnasium":
+                if backend == "gymnasium":
                     ale = envs.envs[env].unwrapped.ale
                     ram, game_over = ale.getRAM(), ale.game_over()
                 else:
@@ -623,91 +707,52 @@ def test_core_1_every_row_is_a_transition_that_happened(backend, num_envs, rollo
 
     Beside it, the same games are played with the library's own autoreset, and the score is read from the screen.
     """
-    args = Args(env_backend=backend, num_envs=num_envs, num_steps=250)
-    envs = make_envs(args)
-    final_obs, logged, original = [], [], envs.step
-
-    def step(actions):
-        result = original(actions)
-        ends, infos = result[2] | result[3], result[4]
-        assert ("final_obs" in infos) == ("final_info" in infos) == ends.any()
-        frames = [digest([infos["final_obs"][env]])[0] if ends[env] else 0 for env in range(num_envs)]
-        final_obs.append(frames)
-        logged.append(infos.get("final_info", {}).get("_episode", np.zeros(num_envs, bool)).copy())
-        return result
-
-    envs.step = step
+    script = SCRIPTS[backend]
+    args = script.Args(num_envs=num_envs, num_steps=250)
+    envs = script.make_envs(args)
     torch.manual_seed(1)
-    next_obs, rows, episodes = first_stacks(envs.reset(seed=11)[0], args), [], []
-    newest = [digest(next_obs[:, -1].numpy())]
+    next_obs, rows, ends = torch.from_numpy(envs.reset(seed=11)), [], []
+    frames = [digest(newest(next_obs.numpy()))]
     for number in range(rollouts):
-        rollout = ppo_atari.collect_rollout(uniform_policy(4), envs, next_obs, args)
+        rollout = script.collect_rollout(uniform_policy(4), envs, next_obs, args)
         obs, dones, next_obs = rollout.obs, torch.from_numpy(rollout.dones), rollout.obs[-1]
         # Within an episode a stack is the one before and a new frame; at its start there is one frame, and no more.
         continued = torch.where(dones[:, :, None, None, None], torch.tensor(0, dtype=torch.uint8), obs[:-1, :, 1:])
         assert torch.equal(obs[1:, :, :-1], continued)
-        newest += [digest(frames) for frames in obs[1:, :, -1].numpy()]
+        frames += [digest(newest(stacks)) for stacks in obs[1:].numpy()]
         rows.append((rollout.actions.numpy(), rollout.rewards, rollout.dones))
-        episodes += [
-            (number * 250 + step, episodic_return, length) for step, episodic_return, length in rollout.episodes
-        ]
-        assert rollout.truncated == []
+        for step, end in rollout.ends:
+            assert not end.truncated
+            np.testing.assert_array_equal(end.last_obs[:-1], obs[step, end.env, 1:])
+            ends.append((number * 250 + step, *end[:3], digest(newest(end.last_obs[None]))[0]))
     envs.close()
     actions, rewards, dones = (np.concatenate(parts) for parts in zip(*rows))
 
-    truth, starts = play_by_hand(args, 11, actions)
+    truth, starts = play_by_hand(backend, 11, actions)
     np.testing.assert_array_equal(rewards, truth["rewards"])
     np.testing.assert_array_equal(dones, truth["dones"])
-    np.testing.assert_array_equal(logged, truth["game_over"])
     assert dones.sum() > 10 * num_envs and 2 * num_envs < truth["game_over"].sum() < dones.sum() / 3
-    expected_episodes, episode = [], np.zeros(num_envs, int)
+    expected_ends, episode = [], np.zeros(num_envs, int)
     length = np.zeros(num_envs, int)
-    assert newest[0] == [start[0] for start in starts]
+    assert frames[0] == [start[0] for start in starts]
     for t in range(len(dones)):
         length += 1
         for env in range(num_envs):
             if not dones[t, env]:
-                assert newest[t + 1][env] == truth["frames"][t, env]
+                assert frames[t + 1][env] == truth["frames"][t, env]
                 continue
-            assert final_obs[t][env] == truth["frames"][t, env]
             episode[env] += 1
-            assert newest[t + 1][env] == starts[env][episode[env]]
+            assert frames[t + 1][env] == starts[env][episode[env]]
             if not truth["game_over"][t, env]:
                 # [extra-27] In gymnasium the steps that the agent does not see are counted: no-op, FIRE and action 2
                 # after a lost life, the last two of them at the start of a game.
                 length[env] += 3 * (backend == "gymnasium")
                 continue
             length[env] += 2 * (backend == "gymnasium")
-            expected_episodes.append((t, truth["scores"][t, env], length[env]))
+            expected_ends.append((t, env, truth["scores"][t, env], length[env], truth["frames"][t, env]))
             length[env] = 0
-    assert episodes == expected_episodes
-    assert sum(score for _, score, _ in episodes) > 10
-
-
-def test_async_envs_are_the_same_environments():
-    """In processes of their own they give what they give in one process: frames, rewards, ends and the infos there."""
-    one, several = (make_envs(Args(env_backend="gymnasium", num_envs=2, async_envs=x)) for x in (False, True))
-    try:
-        assert isinstance(several, gym.vector.AsyncVectorEnv)
-        np.testing.assert_array_equal(one.reset(seed=2)[0], several.reset(seed=2)[0])
-        random, games = np.random.default_rng(0), 0
-        for _ in range(300):
-            actions = random.integers(0, 4, 2)
-            a, b = one.step(actions), several.step(actions)
-            for x, y in zip(a[:4], b[:4]):
-                np.testing.assert_array_equal(x, y)
-                assert x.dtype == y.dtype
-            for infos in (a[4], b[4]):
-                if "episode" in infos.get("final_info", {}):
-                    games += 1
-                    infos["final_info"]["episode"].pop("t"), infos["final_info"]["episode"].pop("_t")
-            assert equal(
-                a[4], {key: value for key, value in b[4].items() if key.removeprefix("_").startswith("final_")}
-            )
-        assert games >= 2 * 2  # seen in both
-    finally:
-        one.close()
-        several.close()
+    assert ends == expected_ends
+    assert sum(score for _, _, score, _, _ in ends) > 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -718,28 +763,28 @@ def test_async_envs_are_the_same_environments():
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_extra_28_games_are_cut_off(backend):
     """At the same step in both backends where both start with a single no-op: frame 201, step 50, again and again."""
-    args = Args(env_id="Pong", env_backend=backend, num_envs=2, num_steps=120, max_game_frames=201, **ALIKE)
-    envs, free = make_envs(args), make_envs(replace(args, max_game_frames=400_000))
+    script = SCRIPTS[backend]
+    args = script.Args(env_id="Pong", num_envs=2, num_steps=120, max_game_frames=201, **ALIKE)
+    envs, free = script.make_envs(args), script.make_envs(replace(args, max_game_frames=400_000))
     torch.manual_seed(3)
-    start = first_stacks(envs.reset(seed=1)[0], args)
-    rollout = ppo_atari.collect_rollout(uniform_policy(6), envs, start, args)
+    start = torch.from_numpy(envs.reset(seed=1).copy())
+    rollout = script.collect_rollout(uniform_policy(6), envs, start, args)
     assert np.flatnonzero(rollout.dones.all(1)).tolist() == np.flatnonzero(rollout.dones.any(1)).tolist() == [49, 99]
-    assert [(step, env) for step, env, _ in rollout.truncated] == [(49, 0), (49, 1), (99, 0), (99, 1)]
-    assert [(step, length) for step, _, length in rollout.episodes] == [(49, 50), (49, 50), (99, 50), (99, 50)]
-    # The last observation is what a game without a limit shows at that step, stacked on the frames before.
-    assert torch.equal(first_stacks(free.reset(seed=1)[0], args), start)
+    assert [(step, end.env) for step, end in rollout.ends] == [(49, 0), (49, 1), (99, 0), (99, 1)]
+    assert all(end.truncated and end.length == 50 for _, end in rollout.ends)
+    # The last observation is what a game without a limit shows at that step.
+    np.testing.assert_array_equal(free.reset(seed=1), start)
     returns = np.zeros(2)
     for step in range(50):
-        frames, rewards, terminations, truncations, _ = free.step(rollout.actions[step].numpy())
+        obs, rewards, dones, ends = free.step(rollout.actions[step].numpy())
         returns += rewards
-        assert not terminations.any() and not truncations.any()
+        assert not dones.any() and ends == []
     for env in range(2):
-        step, _, last_obs = rollout.truncated[env]
-        assert last_obs.shape == (1, 4, 84, 84) and last_obs.dtype == torch.uint8
-        assert torch.equal(last_obs[0, :-1], rollout.obs[step, env, 1:])
-        np.testing.assert_array_equal(last_obs[0, -1], frames[env])
-        assert not torch.equal(last_obs[0, -1], rollout.obs[step + 1, env, -1])
-    assert [episodic_return for _, episodic_return, _ in rollout.episodes[:2]] == returns.tolist()
+        step, end = rollout.ends[env]
+        assert end.last_obs.shape == (4, 84, 84) and end.last_obs.dtype == np.uint8
+        np.testing.assert_array_equal(end.last_obs, obs[env])
+        assert not np.array_equal(end.last_obs[-1], rollout.obs[step + 1, env, -1])
+    assert [end.episodic_return for _, end in rollout.ends[:2]] == returns.tolist()
     envs.close()
     free.close()
 
@@ -756,15 +801,14 @@ def test_extra_28_games_are_cut_off(backend):
 ])  # fmt: skip
 def test_extra_28_what_the_limit_counts(changed, gymnasium, envpool):
     for backend, expected in (("gymnasium", gymnasium), ("envpool", envpool)):
-        envs = make_envs(Args(env_id="Pong", env_backend=backend, num_envs=1, **changed))
+        envs = backend_envs(backend, env_id="Pong", num_envs=1, **changed)
         envs.reset(seed=1)
         for game in range(2):
             for step in range(1, expected + 1):
-                _, _, terminations, truncations, infos = envs.step(np.array([0]))
-                assert not terminations[0]
-                assert truncations[0] == (step == expected), (backend, game, step)
-            length = infos["final_info"]["episode"]["l"][0]
-            assert length == expected + (2 if backend == "gymnasium" and "fire_reset" not in changed else 0)
+                _, _, dones, ends = envs.step(np.array([0]))
+                assert dones[0] == len(ends) == (step == expected), (backend, game, step)
+            assert ends[0].truncated
+            assert ends[0].length == expected + (2 if backend == "gymnasium" and "fire_reset" not in changed else 0)
         envs.close()
 
 
@@ -773,23 +817,26 @@ def test_extra_28_what_the_limit_counts(changed, gymnasium, envpool):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def watch_memory(envs: ppo_atari.EnvpoolVectorEnv) -> list[np.ndarray]:
-    """A list that gets the consoles' memory [n, 128] from every call of EnvPool that follows."""
-    seen, pool = [], envs.pool
-    original_reset, original_step = pool.reset, pool.step
+def watch(envs: ppo_atari_envpool.EnvpoolEnvironments) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Two lists that get consoles' memory [n, 128] and frames [n, 84, 84] from every call of EnvPool that follows."""
+    memory, frames, make = [], [], envs.make
 
-    def reset(*args):
-        result = original_reset(*args)
-        seen.append(result[1]["ram"].copy())
-        return result
+    def watched(method):
+        def call(*args):
+            result = method(*args)
+            memory.append(result[-1]["ram"].copy())
+            frames.append(result[0][:, 0].copy())
+            return result
 
-    def step(*args):
-        result = original_step(*args)
-        seen.append(result[4]["ram"].copy())
-        return result
+        return call
 
-    pool.reset, pool.step = reset, step
-    return seen
+    def make_watched(seed):
+        pool = make(seed)
+        pool.reset, pool.step = watched(pool.reset), watched(pool.step)
+        return pool
+
+    envs.make = make_watched
+    return memory, frames
 
 
 @needs_envpool
@@ -803,11 +850,11 @@ def test_backends_play_the_same_games(game, frame_skip, largest, mean):
     Images differ by a few gray levels in few pixels, and only because EnvPool turns both frames gray, with the palette
     of the emulator, before it takes their maximum.
     """
-    args = Args(env_id=game, num_envs=1, episodic_life=False, frame_skip=frame_skip, **ALIKE)
-    ours, theirs = (make_envs(replace(args, env_backend=backend)) for backend in BACKENDS)
-    assert ours.single_action_space == theirs.single_action_space
-    assert ours.single_observation_space == theirs.single_observation_space
-    memory, console, gray = watch_memory(theirs), ours.envs[0].unwrapped, []
+    args = {"env_id": game, "num_envs": 1, "episodic_life": False, "frame_skip": frame_skip} | ALIKE
+    ours, theirs = (backend_envs(backend, **args) for backend in SCRIPTS)
+    assert ours.action_space == theirs.action_space
+    assert ours.observation_space == theirs.observation_space
+    (memory, _), console, gray = watch(theirs), ours.envs[0].unwrapped, []
     original = console.step
 
     def step(action):
@@ -816,24 +863,25 @@ def test_backends_play_the_same_games(game, frame_skip, largest, mean):
         return result
 
     console.step = step
-    np.testing.assert_array_equal(ours.reset(seed=1)[0], theirs.reset()[0])
+    np.testing.assert_array_equal(ours.reset(seed=1), theirs.reset(seed=1))
     random, differences, games = np.random.default_rng(1), [], 0
     for _ in range(400):
-        actions = random.integers(0, ours.single_action_space.n, 1)
+        actions = random.integers(0, ours.action_space.n, 1)
         a, b = ours.step(actions), theirs.step(actions)
-        for x, y in zip(a[1:4], b[1:4]):
+        for x, y in zip(a[1:3], b[1:3]):
             np.testing.assert_array_equal(x, y)
         np.testing.assert_array_equal(memory[-1][0], console.ale.getRAM())
+        assert len(a[3]) == len(b[3]) == a[2][0]
         if a[2][0]:
             games += 1
-            for name in "rl":
-                assert a[4]["final_info"]["episode"][name][0] == b[4]["final_info"]["episode"][name][0]
+            for name in ("env", "episodic_return", "length", "truncated"):
+                assert getattr(a[3][0], name) == getattr(b[3][0], name)
             np.testing.assert_array_equal(a[0], b[0])
         else:
             image = np.max(gray[-min(frame_skip, 2) :], 0)
             image = cv2.resize(image, (84, 84), interpolation=cv2.INTER_AREA)
-            np.testing.assert_array_equal(b[0][0], image)
-            differences.append(np.abs(a[0].astype(int) - b[0]))
+            np.testing.assert_array_equal(b[0][0, -1], image)
+            differences.append(np.abs(newest(a[0]).astype(int) - newest(b[0])))
     assert games or frame_skip < 4 or game in ("Pong", "Freeway")  # these take longer
     assert np.max(differences) <= largest and np.mean(differences) <= mean
     ours.close()
@@ -843,21 +891,28 @@ def test_backends_play_the_same_games(game, frame_skip, largest, mean):
 @needs_envpool
 def test_backends_agree_until_a_life_is_lost():
     """That step still is the same in both; then gymnasium's no-op takes four frames, EnvPool's a single one."""
-    args = Args(num_envs=1, **ALIKE)
-    ours, theirs = (make_envs(replace(args, env_backend=backend)) for backend in BACKENDS)
-    memory, ale = watch_memory(theirs), ours.envs[0].unwrapped.ale
-    np.testing.assert_array_equal(ours.reset(seed=1)[0], theirs.reset()[0])
+    ours, theirs = (backend_envs(backend, num_envs=1, **ALIKE) for backend in SCRIPTS)
+    (memory, their_frames), ale, our_frames = watch(theirs), ours.envs[0].unwrapped.ale, []
+
+    def step(action, original=ours.envs[0].step):
+        result = original(action)
+        our_frames.append(result[0])
+        return result
+
+    ours.envs[0].step = step
+    np.testing.assert_array_equal(ours.reset(seed=1), theirs.reset(seed=1))
     random, done, states = np.random.default_rng(1), False, []
     while not done:
         actions = random.integers(0, 4, 1)
         a, b = ours.step(actions), theirs.step(actions)
         done = a[2][0]
-        for x, y in zip(a[1:4], b[1:4]):
+        for x, y in zip(a[1:3], b[1:3]):
             np.testing.assert_array_equal(x, y)
+        assert a[3] == b[3] == []
         assert done or np.array_equal(memory[-1][0], ale.getRAM())
         states.append(actions[0])
-    assert ale.lives() == 4 and "episode" not in a[4]["final_info"] and not b[4]["final_info"]["_episode"][0]
-    np.testing.assert_array_equal(a[4]["final_obs"][0], b[4]["final_obs"][0])
+    assert ale.lives() == 4
+    np.testing.assert_array_equal(our_frames[-1], their_frames[-2][0])
     console = Emulator("breakout")
     console.frames(0)
     for action in states:
@@ -911,22 +966,22 @@ def test_what_envpool_does_at_a_reset(game, rom, low, high):
 
     0 to 29 no-ops in games that have FIRE, 1 to 30 in others; between resets, exactly the emulator's own game.
     """
-    envs = make_envs(Args(env_id=game, env_backend="envpool", num_envs=1, clip_reward=False, seed=5))
-    memory, console, fire = watch_memory(envs), Emulator(rom), low == 0
+    envs = backend_envs("envpool", env_id=game, num_envs=1)
+    (memory, _), console, fire = watch(envs), Emulator(rom), low == 0
     assert (Action.FIRE in console.actions) == fire
-    envs.reset()
+    envs.reset(seed=5)
     noops = {"game": [console.noops_until(memory[0][0], fire, 30)], "life": []}
     random, hidden = np.random.default_rng(2), 0
     for _ in range(800):
         action = random.integers(0, len(console.actions), 1)
         memory.clear()
-        _, rewards, terminations, truncations, infos = envs.step(action)
+        _, rewards, dones, ends = envs.step(action)
         assert rewards[0] == console.frames(*[action[0]] * 4)
         np.testing.assert_array_equal(memory[0][0], console.ale.getRAM())
-        assert len(memory) == 1 + terminations[0] and not truncations[0]
-        if terminations[0]:
+        assert len(memory) == 1 + dones[0]
+        if dones[0]:
             over = console.ale.game_over()
-            assert infos["final_info"]["_episode"][0] == over
+            assert [end.truncated for end in ends] == [False] * over
             if over:
                 console.ale.reset_game()
             noops["game" if over else "life"].append(console.noops_until(memory[1][0], fire, 30))
@@ -941,9 +996,9 @@ def test_extra_35_envpool_seeds_environments_apart():
     """Environment 1 of seed 10 is environment 0 of seed 11, with its own numbers of no-ops at every reset."""
     played = {}
     for seed in (10, 11):
-        envs = make_envs(Args(env_backend="envpool", num_envs=2))
+        envs = backend_envs("envpool", num_envs=2)
         random = np.random.default_rng(0)
-        played[seed] = [envs.reset(seed=seed)[0].copy()]
+        played[seed] = [envs.reset(seed=seed).copy()]
         for _ in range(150):
             played[seed].append(envs.step(np.full(2, random.integers(0, 4)))[0].copy())
         envs.close()
@@ -956,13 +1011,12 @@ def test_extra_35_envpool_seeds_environments_apart():
 def test_area_resize_switch_of_envpool():
     """It has the same two ways to shrink images: each is near to gymnasium's, and far from the other one."""
     played = {}
-    for backend in BACKENDS:
+    for backend in SCRIPTS:
         for area_resize in (True, False):
-            envs = make_envs(Args(env_backend=backend, num_envs=1, area_resize=area_resize, **ALIKE))
+            envs = backend_envs(backend, num_envs=1, area_resize=area_resize, **ALIKE)
             envs.reset(seed=1)
-            played[backend, area_resize] = np.stack([envs.step(np.array([1]))[0][0].copy() for _ in range(10)]).astype(
-                int
-            )
+            frames = [newest(envs.step(np.array([1]))[0]) for _ in range(10)]
+            played[backend, area_resize] = np.stack(frames).astype(int)
             envs.close()
     for area_resize in (True, False):
         assert np.abs(played["gymnasium", area_resize] - played["envpool", area_resize]).max() <= 1
@@ -981,9 +1035,10 @@ def one_clear_line(refused: pytest.ExceptionInfo) -> str:
     return message
 
 
-@pytest.mark.parametrize("env_id", ["Breakout", "Breakout-v5", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4"])
-def test_names_of_a_game(env_id):
-    assert ppo_atari.find_game(env_id) == "Breakout"
+@pytest.mark.parametrize("backend", EACH_BACKEND)
+def test_names_of_a_game(backend):
+    for env_id in ("Breakout", "Breakout-v5", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4"):
+        assert SCRIPTS[backend].find_game(env_id) == "Breakout"
 
 
 def test_every_game_that_gymnasium_has_is_found():
@@ -995,6 +1050,24 @@ def test_every_game_that_gymnasium_has_is_found():
             assert ppo_atari.find_game(variant) == name
 
 
+@needs_envpool
+def test_every_game_that_envpool_has_is_found():
+    """EnvPool has other environments too, some of them with -v5 as well."""
+    import envpool
+    from envpool.atari.registration import atari_game_list
+
+    games = {"".join(word.capitalize() for word in rom.split("_")) for rom in atari_game_list}
+    assert len(games) > 100 and "Ant-v5" in envpool.list_all_envs()
+    for name in games:
+        for variant in (f"ALE/{name}-v5", name, f"{name}-v5", f"{name}NoFrameskip-v4"):
+            assert ppo_atari_envpool.find_game(variant) == name
+    for env_id in envpool.list_all_envs():
+        if env_id.endswith("-v5") and env_id.removesuffix("-v5") not in games:
+            with pytest.raises(ppo_atari_envpool.InputError, match=f"no Atari game {env_id}"):
+                ppo_atari_envpool.find_game(env_id)
+
+
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 @pytest.mark.parametrize(("env_id", "said"), [
     ("Breakout-v4", "use Breakout"),
     ("Breakout-v0", "use Breakout"),
@@ -1009,46 +1082,51 @@ def test_every_game_that_gymnasium_has_is_found():
     ("", "no Atari game"),
     ("-v5", "no Atari game -v5"),
 ])  # fmt: skip
-def test_names_of_no_game(env_id, said):
-    with pytest.raises(InputError) as refused:
-        make_envs(Args(env_id=env_id, num_envs=1))
+def test_names_of_no_game(backend, env_id, said):
+    with pytest.raises(SCRIPTS[backend].InputError) as refused:
+        backend_envs(backend, env_id=env_id, num_envs=1)
     assert said in one_clear_line(refused)
 
 
 @needs_envpool
 def test_a_game_that_envpool_does_not_have():
-    args = Args(env_id="TicTacToe3D", num_envs=1)
-    with pytest.raises(InputError) as refused:
-        make_envs(args)
+    with pytest.raises(ppo_atari_envpool.InputError) as refused:
+        backend_envs("envpool", env_id="TicTacToe3D", num_envs=1)
+    assert "no Atari game TicTacToe3D" in one_clear_line(refused)
+    with pytest.raises(ppo_atari_lstm.InputError) as refused:
+        ppo_atari_lstm.make_envs(ppo_atari_lstm.Args(env_id="TicTacToe3D", env_backend="envpool", num_envs=1))
     assert "TicTacToe3D" in one_clear_line(refused)
-    make_envs(replace(args, env_backend="gymnasium")).close()
+    backend_envs("gymnasium", env_id="TicTacToe3D", num_envs=1).close()
 
 
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 @pytest.mark.parametrize("env_kwargs", ['{"no_such_setting": 1}', "[1]", "{"])
 def test_settings_that_a_backend_does_not_have(backend, env_kwargs):
-    with pytest.raises(InputError) as refused:
-        make_envs(Args(env_backend=backend, num_envs=1, env_kwargs=env_kwargs))
+    with pytest.raises(SCRIPTS[backend].InputError) as refused:
+        backend_envs(backend, num_envs=1, env_kwargs=env_kwargs)
     assert "--env-kwargs" in one_clear_line(refused)
 
 
-@pytest.mark.parametrize("async_envs", [False, True])
+@pytest.mark.parametrize("script", [ppo_atari, ppo_atari_lstm])
 @pytest.mark.parametrize("folder", ["empty", "missing"])
-def test_a_missing_rom_in_gymnasium(monkeypatch, tmp_path, async_envs, folder):
+def test_a_missing_rom_in_gymnasium(monkeypatch, tmp_path, script, folder):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path / folder))
-    with pytest.raises(InputError) as refused:
-        make_envs(Args(env_backend="gymnasium", num_envs=1, async_envs=async_envs))
+    backend = {"env_backend": "gymnasium"} if script is ppo_atari_lstm else {}
+    with pytest.raises(script.InputError) as refused:
+        script.make_envs(script.Args(num_envs=1, **backend))
     assert "Breakout" in one_clear_line(refused)
 
 
 @needs_envpool
-def test_a_missing_rom_in_envpool(tmp_path):
+@pytest.mark.parametrize("script", [ppo_atari_envpool, ppo_atari_lstm])
+def test_a_missing_rom_in_envpool(tmp_path, script):
     """Refused in one line, like everything else. In another process: EnvPool looks for ROMs when it is imported."""
-    argv = [sys.executable, str(Path(ppo_atari.__file__)), "--num-envs", "1", "--runs-dir", str(tmp_path / "runs")]
+    argv = [sys.executable, script.__file__, "--num-envs", "1", "--num-minibatches", "1"]
+    argv += ["--runs-dir", str(tmp_path / "runs")]
     environment = os.environ | {"ENVPOOL_ASSETS_PATH": str(tmp_path)}
     result = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path)
     lines = [line for line in result.stderr.splitlines() if "error" in line]
     assert result.returncode == 2, result.stderr
-    assert len(lines) == 1 and lines[0].startswith("ppo_atari.py: error: cannot make Breakout")
+    assert len(lines) == 1 and lines[0].startswith(f"{script.SCRIPT}.py: error: cannot make Breakout")
     assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()

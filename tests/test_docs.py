@@ -81,6 +81,8 @@ SCRIPT_TAGS = [
     ("ppo.py", ["core"]),
     ("ppo_continuous.py", ["core", "continuous"]),
     ("ppo_atari.py", ["core", "atari"]),
+    ("ppo_atari_envpool.py", ["core", "atari"]),
+    ("ppo_atari_multigpu.py", ["core", "atari"]),
     ("ppo_lstm.py", ["core", "lstm"]),
     ("ppo_atari_lstm.py", ["core", "lstm"]),
 ]

@@ -177,9 +177,8 @@ def update_steps(path: Path) -> list[int]:
 def checkpoint(path: Path) -> dict:
     """What checkpoint.pt holds, its counters and moments by name."""
     state = torch.load(path / "checkpoint.pt", weights_only=True)
-    if "counts" in state:  # ppo_atari.py has them by name
-        state["update"], state["gradient_steps"], state["metrics_bytes"] = state["counts"].tolist()
-        state["moment1"], state["moment2"] = state["moments"]
+    state["update"], state["gradient_steps"], state["metrics_bytes"] = state["counts"].tolist()
+    state["moment1"], state["moment2"] = state["moments"]
     return state
 
 
