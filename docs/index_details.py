@@ -19,6 +19,7 @@ SCRIPTS = (
     "ppo_atari_multigpu.py",
     "ppo_lstm.py",
     "ppo_atari_lstm.py",
+    "ppo_procgen.py",
 )
 ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv",
              "ppo_lstm.py": "ablations_lstm.csv"}  # fmt: skip
@@ -78,6 +79,9 @@ DETAILS = {
     "continuous-8": ("Reward scaling", "--no-norm-reward", "test_running_statistics"),
     "continuous-9": ("Reward clipping", "--no-clip-reward",
                      "test_continuous_8_and_9_rewards_are_scaled_step_by_step"),
+    "procgen-1": ("IMPALA network", "", "test_procgen_1_network"),
+    "procgen-2": ("Reward scaling", "--no-norm-reward --no-clip-reward",
+                  "test_procgen_2_rewards_by_definition"),
     "lstm-1": ("Orthogonal initialization of the LSTM, biases 0", "--no-lstm-orthogonal-init",
                "test_lstm_1_orthogonal_initialization"),
     "lstm-2": ("The first state is 0", "", "test_lstm_2_and_3_states_of_the_rollouts"),
@@ -145,6 +149,14 @@ DETAILS = {
                  "test_extra_34_not_a_number_becomes_0"),
     "extra-35": ("Environment i is seeded with seed + i", "--seed",
                  "test_environments_are_seeded_apart"),
+    "extra-37": ("Procgen's network: Glorot-uniform weights, biases 0", "--no-glorot-init",
+                 "test_extra_37_initialization"),
+    "extra-38": ("Procgen's pooling pads at the bottom and the right", "--no-same-pooling",
+                 "test_procgen_1_network"),
+    "extra-39": ("Procgen's features are flattened with the channels last", "--no-channels-last",
+                 "test_procgen_1_network"),
+    "extra-40": ("Procgen's rewards are scaled with a discount factor of their own", "--reward-gamma",
+                 "test_procgen_2_rewards_by_definition"),
 }  # fmt: skip
 
 INTRO = """# Index of the details
@@ -152,7 +164,8 @@ INTRO = """# Index of the details
 <!-- written by docs/index_details.py; edit there -->
 
 A tag stands in the scripts at the line where its detail happens. `core`, `atari`, `continuous`, `lstm` and `aux` are
-details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022). `extra` are behaviours of the
+details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022), `procgen` those of its appendix.
+`extra` are behaviours of the
 official code that the article leaves out or states differently. The numbers in a script's column are line numbers and
 lead to the detail there. The flag switches the detail off or changes it. The test would fail without the detail.
 """
@@ -172,8 +185,8 @@ Some behaviours of the official code have a number and no place in these scripts
   with rollouts of 2048 steps and a constant learning rate of 3e-4. `ppo.py` follows the article's settings instead.
 - `extra-29`: Breakout and Pong are the same in the emulator of the official code and in today's, BeamRider is not.
 - `extra-36`: CartPole, Acrobot and MountainCar are the same in gym 0.17.3 and in gymnasium 1.4.0.
-- `extra-37` to `extra-40` concern Procgen, and `multidiscrete-1` and `aux-4` (invalid-action masks) tasks with several
-  action components; there are no scripts for these yet.
+- `multidiscrete-1` and `aux-4` (invalid-action masks) concern tasks with several action components; there is no script
+  for these yet.
 """
 
 EFFECTS = """

@@ -70,13 +70,22 @@ def test_every_tag_is_indexed_and_every_indexed_detail_is_in_the_code():
 
 def test_no_number_of_the_details_is_left_out():
     page = index_details.page()
-    numbers = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5, "aux": 4, "multidiscrete": 1, "extra": 36}
+    numbers = {
+        "core": 13,
+        "atari": 9,
+        "continuous": 9,
+        "lstm": 5,
+        "aux": 4,
+        "multidiscrete": 1,
+        "procgen": 2,
+        "extra": 40,
+    }
     for kind, count in numbers.items():
         for number in range(1, count + 1):
             assert re.search(rf"\b{kind}-{number}\b", page), f"{kind}-{number}"
 
 
-COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5}
+COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5, "procgen": 2}
 SCRIPT_TAGS = [
     ("ppo.py", ["core"]),
     ("ppo_continuous.py", ["core", "continuous"]),
@@ -85,6 +94,7 @@ SCRIPT_TAGS = [
     ("ppo_atari_multigpu.py", ["core", "atari"]),
     ("ppo_lstm.py", ["core", "lstm"]),
     ("ppo_atari_lstm.py", ["core", "lstm"]),
+    ("ppo_procgen.py", ["core", "procgen"]),
 ]
 
 

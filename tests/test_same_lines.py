@@ -47,6 +47,7 @@ DIFFERENCES = {
         "normalize": "over all ranks",
         "main": "ranks other than 0 have no run to tell of, and one may lose another",
     },
+    "ppo_procgen.py": {name: reason for name, reason in ENVPOOL.items() if name != "layer_init"},
     "ppo_lstm.py": {
         "check_args": "minibatches are whole environments, and nothing is compiled",
         "compiled": "nothing is compiled",
@@ -73,6 +74,11 @@ SIBLINGS = {
     ("ppo_atari.py", "ppo_atari_envpool.py"): {
         "EnvironmentArgs", "RunArgs", "find_game", "make_envs", "Agent.forward", "collect_rollout", "train",
         "check_args", "evaluate", "parse_args",
+    },
+    ("ppo_atari_envpool.py", "ppo_procgen.py"): {
+        "AlgorithmArgs", "EnvironmentArgs", "RunArgs", "Args", "Args.num_updates", "EpisodeEnd", "EnvpoolEnvironments",
+        "EnvpoolEnvironments.__init__", "EnvpoolEnvironments.reset", "EnvpoolEnvironments.step", "make_envs",
+        "layer_init", "Agent.__init__", "Agent.forward", "Rollout", "Batch", "train", "check_args",
     },
     ("ppo_atari_envpool.py", "ppo_atari_multigpu.py"): {
         "AlgorithmArgs", "Args", "normalize", "gradient_step", "train", "check_args", "accelerated", "main",
