@@ -159,7 +159,7 @@ class Features(Box):
 
     def __init__(self, space: gym.Space):
         if isinstance(space, gym.spaces.Dict):  # the mask is no feature
-            space = gym.spaces.Dict({name: part for name, part in space.items() if name != "action_mask"})
+            space = gym.spaces.Dict([(name, part) for name, part in space.items() if name != "action_mask"])
         self.encode, size = encoder(space)
         super().__init__(-np.inf, np.inf, (size,))
 
@@ -371,8 +371,7 @@ class EnvpoolEnvironments(Environments):
     def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
         """As above. EnvPool takes a seed only when environments are made."""
         self.pool = self.make(seed + first_step)
-        obs, info = self.pool.reset()
-        obs, masks = self.see(obs, info)
+        obs, masks = self.see(*self.pool.reset())
         self.valid = self.action_space.masks(masks)
         self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
         return obs
@@ -704,7 +703,7 @@ def train(args: Args) -> dict:
         obs, actions, masks, rewards, dones = (torch.from_numpy(array).to(device) for array in rollout[:5])
         if not args.mask_loss:
             # [aux-4] Actions are then drawn from another policy than the one that learns: a common mistake.
-            masks[:] = torch.from_numpy(envs.action_space.exist)
+            masks = torch.from_numpy(envs.action_space.exist).to(device).expand_as(masks)
         with torch.no_grad():
             logits, values = agent(obs)
             log_probs, _ = log_probabilities(logits[:-1], actions, masks)
