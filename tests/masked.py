@@ -26,10 +26,10 @@ def given(masks: list[np.ndarray], form: str):
 
 
 class Valves(gym.Env):
-    """Each component has a wanted value, which is shown, and a few valid ones; a step with an invalid one counts nothing.
+    """Each component has a wanted value, which is shown, and a few valid ones.
 
-    The reward is the number of components with the wanted value. Episodes have eight steps. In choosing among two valid
-    values each, a random agent gets 8 in an episode with two components; the best agent gets 16.
+    The reward is the number of components with the wanted value, and 0 with an invalid one. Episodes have eight steps.
+    With two components and two valid values in each, a random choice of valid values gets 8 in an episode, the best 16.
     """
 
     invalid, steps = 0, 0  # of all environments together

@@ -76,13 +76,14 @@ def test_no_number_of_the_details_is_left_out():
             assert re.search(rf"\b{kind}-{number}\b", page), f"{kind}-{number}"
 
 
-COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5}
+COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5, "multidiscrete": 1}
 SCRIPT_TAGS = [
     ("ppo.py", ["core"]),
     ("ppo_continuous.py", ["core", "continuous"]),
     ("ppo_atari.py", ["core", "atari"]),
     ("ppo_lstm.py", ["core", "lstm"]),
     ("ppo_atari_lstm.py", ["core", "lstm"]),
+    ("ppo_multidiscrete.py", ["core", "multidiscrete"]),
 ]
 
 
@@ -164,7 +165,7 @@ def finished_run(tmp_path_factory):
     return path
 
 
-STEPS = {"ppo.py": "2048", "ppo_continuous.py": "2048", "ppo_lstm.py": "1024"}
+STEPS = {"ppo.py": "2048", "ppo_continuous.py": "2048", "ppo_lstm.py": "1024", "ppo_multidiscrete.py": "2048"}
 
 
 @pytest.mark.slow

@@ -98,8 +98,9 @@ def test_aux_4_joint_actions_are_those_of_the_valid_combinations(policy, joint):
     parts = logits.split(sizes)
     if joint == "flat":
         logits = torch.tensor(rng.normal(size=math.prod(sizes)), dtype=torch.float32)
-    total = [logits[np.ravel_multi_index(index, sizes)] if joint == "flat" else sum(part[i] for part, i in zip(parts, index))
-             for index in np.ndindex(*sizes)]  # fmt: skip
+    total = list(logits) if joint == "flat" else []
+    if joint == "factored":
+        total = [sum(part[i] for part, i in zip(parts, index)) for index in np.ndindex(*sizes)]
     only = Categorical(logits=torch.stack(total)[torch.tensor(table.ravel())])
     chosen = int(rng.choice(np.flatnonzero(table.ravel())))
     expected = only.log_prob(torch.tensor(int(table.ravel()[:chosen].sum()))), only.entropy()
@@ -216,7 +217,7 @@ def test_aux_4_no_valid_value_is_no_choice(form, joint, capsys):
     said = capsys.readouterr().err
     assert said.count("where an action mask leaves a component no valid value, it gets the first") == 1
     if form == "table":  # then no combination is valid, and all components get their first
-        assert valid.sum((-1)).max() == 1 and not valid.argmax(-1).any()
+        assert valid.sum(-1).max() == 1 and not valid.argmax(-1).any()
         return
     log_probs, entropy = ppo.log_probabilities(
         places(space, torch.zeros(1, space.num_logits)), torch.tensor(valid.argmax(-1)), torch.tensor(valid)

@@ -65,7 +65,7 @@ def run_of(updates: int, task: dict = VALVES, **settings):
 
 
 # Learning -------------------------------------------------------------------------------------------------------------
-# Two components of 16 and 12 values, two of each valid: 16 is the most in an episode, 8 what valid actions get at random.
+# Two components of 16 and 12 values, two of each valid: at most 16 in an episode, and 8 with valid actions at random.
 LEARNING = VALVES | {"env_kwargs": '{"sizes": [16, 12]}', "num_envs": 8, "num_steps": 64, "num_minibatches": 4,
                      "update_epochs": 4, "learning_rate": 5e-3, "gamma": 0.5, "total_timesteps": 8192}  # fmt: skip
 
