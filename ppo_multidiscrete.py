@@ -200,17 +200,7 @@ class Choices(MultiDiscrete):
     def __init__(self, space: gym.Space, mask, args: Args):
         """For the actions of a space; mask is one that came with an observation, None if none did."""
         self.space, self.masked, self.mask_actions = space, mask is not None, args.mask_actions
-        if isinstance(space, Discrete | MultiDiscrete):
-            self.first, sizes = space.start, space.n if isinstance(space, Discrete) else space.nvec
-        elif isinstance(space, MultiBinary):
-            self.first, sizes = 0, np.full(space.shape, 2)
-        elif isinstance(space, Box) and space.dtype.kind in "iu":  # EnvPool's form of MultiDiscrete
-            self.first, sizes = space.low, space.high.astype(int) - space.low + 1
-        else:
-            other = "; ppo_continuous.py is for Box actions" if isinstance(space, Box) else ""
-            raise InputError(f"{SCRIPT}.py needs Discrete, MultiDiscrete, MultiBinary or whole-numbered Box actions, "
-                             f"not {space}{other}")  # fmt: skip
-        self.sizes = np.ravel(sizes).tolist()  # of the K components
+        self.first, self.sizes = components(space)  # the components' first values, and how many each of the K has
         count, joint = math.prod(self.sizes), args.joint_actions
         if joint == "auto":
             over_combinations = self.masked and not read_masks([mask], self.sizes)[1]
@@ -221,7 +211,7 @@ class Choices(MultiDiscrete):
         self.exist, self.joint = self.values, joint != "off"
         if self.joint:
             self.exist = np.ones((1, count), bool)
-            self.combinations = np.stack(np.unravel_index(np.arange(count), self.sizes))  # [K, count]
+            self.combinations = np.stack(np.unravel_index(np.arange(count), self.sizes))  # [K, count]: their values
         super().__init__([count] if self.joint else self.sizes)
 
         # The network's logits are those of all values of all components or, if flat, of all combinations. A matrix of 0
@@ -808,6 +798,21 @@ def check_finite(values: dict, run: "Run") -> None:
             where = f" at {wrong.nonzero()[0].tolist()}" if wrong.dim() else ""
             raise FloatingPointError(f"in update {run.update + 1}, {name} is not finite{where}; the last checkpoint in "
                                      f"{run.path} is good")  # fmt: skip
+
+
+def components(space: gym.Space) -> tuple[int | np.ndarray, list[int]]:
+    """The first value of each component of an action, and how many there are; raises InputError for other actions."""
+    if isinstance(space, Discrete):
+        return space.start, [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return space.start, space.nvec.ravel().tolist()
+    if isinstance(space, MultiBinary):
+        return 0, [2] * math.prod(space.shape)
+    if isinstance(space, Box) and space.dtype.kind in "iu":  # EnvPool's form of MultiDiscrete
+        return space.low, (space.high.astype(int) - space.low + 1).ravel().tolist()
+    other = "; ppo_continuous.py is for Box actions" if isinstance(space, Box) else ""
+    raise InputError(f"{SCRIPT}.py needs Discrete, MultiDiscrete, MultiBinary or whole-numbered Box actions, "
+                     f"not {space}{other}")  # fmt: skip
 
 
 def find_mask(obs, info: dict, env: gym.Env | None = None):

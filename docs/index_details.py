@@ -157,7 +157,8 @@ INTRO = """# Index of the details
 A tag stands in the scripts at the line where its detail happens. `core`, `atari`, `continuous`, `lstm`, `multidiscrete`
 and `aux` are details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022). `extra` are
 behaviours of the official code that the article leaves out or states differently. The numbers in a script's column are
-line numbers and lead to the detail there. The flag switches the detail off or changes it. The test would fail without the detail.
+line numbers and lead to the detail there. The flag switches the detail off or changes it. The test would fail without
+the detail.
 """
 
 NOT_REPRODUCED = """
