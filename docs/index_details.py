@@ -20,6 +20,7 @@ SCRIPTS = (
     "ppo_lstm.py",
     "ppo_atari_lstm.py",
     "ppo_procgen.py",
+    "ppo_multidiscrete.py",
 )
 ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv",
              "ppo_lstm.py": "ablations_lstm.csv"}  # fmt: skip
@@ -91,10 +92,14 @@ DETAILS = {
                "test_lstm_4_minibatches_are_whole_environments"),
     "lstm-5": ("Training starts from the state that the rollout started from", "--no-reconstruct-lstm-state",
                "test_lstm_5_ratio_is_1_in_the_first_minibatch_of_every_update"),
+    "multidiscrete-1": ("Independent components, whose log-probabilities and entropies are summed", "",
+                        "test_multidiscrete_1_log_probabilities_and_entropies_are_summed"),
     "aux-1": ("Clip-range annealing", "--anneal-clip", "test_core_4_and_aux_1_annealing"),
     "aux-2": ("Gradients averaged over processes (torchrun)", "",
               "test_two_ranks_train_like_one_process"),
     "aux-3": ("Early stopping by KL divergence", "--target-kl", "test_aux_3_early_stopping"),
+    "aux-4": ("Invalid-action masks", "--no-mask-actions --no-mask-loss --joint-actions",
+              "test_aux_4_log_probabilities_and_entropy_are_those_of_the_valid_values"),
     "extra-1": ("Adam's epsilon is added to the root of the uncorrected second moment", "--no-adam-eps-hat",
                 "test_pytorch_habits_do_not_match"),
     "extra-3": ("Advantages divided by the population's standard deviation", "--no-population-std",
@@ -163,11 +168,11 @@ INTRO = """# Index of the details
 
 <!-- written by docs/index_details.py; edit there -->
 
-A tag stands in the scripts at the line where its detail happens. `core`, `atari`, `continuous`, `lstm` and `aux` are
-details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022), `procgen` those of its appendix.
-`extra` are behaviours of the
-official code that the article leaves out or states differently. The numbers in a script's column are line numbers and
-lead to the detail there. The flag switches the detail off or changes it. The test would fail without the detail.
+A tag stands in the scripts at the line where its detail happens. `core`, `atari`, `continuous`, `lstm`, `multidiscrete`
+and `aux` are details of "The 37 Implementation Details of PPO" (Huang et al., ICLR Blog Track 2022), `procgen` those of
+its appendix. `extra` are behaviours of the official code that the article leaves out or states differently. The numbers
+in a script's column are line numbers and lead to the detail there. The flag switches the detail off or changes it. The
+test would fail without the detail.
 """
 
 NOT_REPRODUCED = """
@@ -185,8 +190,6 @@ Some behaviours of the official code have a number and no place in these scripts
   with rollouts of 2048 steps and a constant learning rate of 3e-4. `ppo.py` follows the article's settings instead.
 - `extra-29`: Breakout and Pong are the same in the emulator of the official code and in today's, BeamRider is not.
 - `extra-36`: CartPole, Acrobot and MountainCar are the same in gym 0.17.3 and in gymnasium 1.4.0.
-- `multidiscrete-1` and `aux-4` (invalid-action masks) concern tasks with several action components; there is no script
-  for these yet.
 """
 
 EFFECTS = """

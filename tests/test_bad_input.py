@@ -19,6 +19,7 @@ import ppo
 import ppo_atari
 import ppo_continuous
 import ppo_lstm
+import ppo_multidiscrete
 
 SCRIPTS = [ppo, ppo_continuous]
 SMALL = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--update-epochs", "1"]
@@ -284,8 +285,9 @@ def test_track_without_a_key(capfd, monkeypatch, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("script", "env_id"),
-    [(ppo, "CartPole-v1"), (ppo_atari, "Pong"), (ppo_continuous, "Pendulum-v1"), (ppo_lstm, "CartPole-v1")],
-)
+    [(ppo, "CartPole-v1"), (ppo_atari, "Pong"), (ppo_continuous, "Pendulum-v1"), (ppo_lstm, "CartPole-v1"),
+     (ppo_multidiscrete, "CartPole-v1")],
+)  # fmt: skip
 def test_track_without_wandb(script, env_id, capfd, monkeypatch):
     """A copied script may run where wandb is not installed."""
     monkeypatch.setitem(sys.modules, "wandb", None)

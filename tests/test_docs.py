@@ -85,7 +85,7 @@ def test_no_number_of_the_details_is_left_out():
             assert re.search(rf"\b{kind}-{number}\b", page), f"{kind}-{number}"
 
 
-COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5, "procgen": 2}
+COUNTS = {"core": 13, "atari": 9, "continuous": 9, "lstm": 5, "multidiscrete": 1, "procgen": 2}
 SCRIPT_TAGS = [
     ("ppo.py", ["core"]),
     ("ppo_continuous.py", ["core", "continuous"]),
@@ -95,6 +95,7 @@ SCRIPT_TAGS = [
     ("ppo_lstm.py", ["core", "lstm"]),
     ("ppo_atari_lstm.py", ["core", "lstm"]),
     ("ppo_procgen.py", ["core", "procgen"]),
+    ("ppo_multidiscrete.py", ["core", "multidiscrete"]),
 ]
 
 
@@ -176,7 +177,7 @@ def finished_run(tmp_path_factory):
     return path
 
 
-STEPS = {"ppo.py": "2048", "ppo_continuous.py": "2048", "ppo_lstm.py": "1024"}
+STEPS = {"ppo.py": "2048", "ppo_continuous.py": "2048", "ppo_lstm.py": "1024", "ppo_multidiscrete.py": "2048"}
 
 
 @pytest.mark.slow

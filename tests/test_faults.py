@@ -21,12 +21,14 @@ from gymnasium.spaces import Box, Discrete
 
 pytestmark = pytest.mark.slow  # these start whole runs
 
-NAMES = [name for name in ("ppo", "ppo_continuous", "ppo_lstm")
+NAMES = [name for name in ("ppo", "ppo_continuous", "ppo_lstm", "ppo_multidiscrete")
          if "\nclass Environments" in (ROOT / f"{name}.py").read_text()]  # fmt: skip
 SCRIPTS = [__import__(name) for name in NAMES]
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 256}
 BATCH = 64
+# What two environments are given; other scripts give them a number each.
+ACTIONS = {"ppo_continuous": np.zeros((2, 1), np.float32), "ppo_multidiscrete": np.zeros((2, 1), int)}
 # What the subprocesses import too: this very file is the module of the environments.
 HERE = "test_faults"
 
@@ -175,6 +177,7 @@ def settings(script, env="InfoOfEnds", **changed):
     """Settings of a short run in one of the environments above."""
     kwargs = ({"box": True} if script.SCRIPT == "ppo_continuous" else {}) | changed.pop("env_kwargs", {})
     chosen = SMALL | {"env_id": f"fault/{env}-v0", "env_kwargs": json.dumps(kwargs)}
+    chosen |= {"env_backend": "gymnasium"} if script.SCRIPT == "ppo_multidiscrete" else {}
     chosen |= {"hide": ()} if script.SCRIPT == "ppo_lstm" else {}  # without this it says that nothing is hidden
     return script.Args(**(chosen | changed))
 
@@ -255,7 +258,7 @@ def ends_of(script, env):
     args = settings(script, env)
     envs = script.make_envs(args)
     envs.reset(1)
-    actions = np.zeros((2, 1), np.float32) if script.SCRIPT == "ppo_continuous" else np.zeros(2, int)
+    actions = ACTIONS.get(script.SCRIPT, np.zeros(2, int))
     return [end for _ in range(20) for end in envs.step(actions)[3]]
 
 
@@ -292,7 +295,7 @@ def test_few_seeds(script):
 def test_a_resumed_run_does_not_play_its_first_episodes_again(script):
     args = settings(script, "InfoOfEnds")
     envs = script.make_envs(args)
-    actions = np.zeros((2, 1), np.float32) if script.SCRIPT == "ppo_continuous" else np.zeros(2, int)
+    actions = ACTIONS.get(script.SCRIPT, np.zeros(2, int))
 
     def lengths(first_step):
         envs.reset(1, first_step)

@@ -54,6 +54,7 @@ DIFFERENCES = {
         "evaluate": "observations are normalized, and the LSTM has a state",
         "parse_args": "--hide is a list in config.json",
     },
+    "ppo_multidiscrete.py": {},
     "ppo_atari_lstm.py": {
         "EpisodeEnd": "observations are images",
         "Environments.step": "a lost life ends an episode of learning, but not the game",

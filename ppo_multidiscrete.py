@@ -1,0 +1,1144 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "envpool==1.2.5; sys_platform == 'linux'",
+#     "gymnasium[classic-control]==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""Proximal Policy Optimization (PPO) for actions of several discrete components, with masks of the valid ones.
+
+Contains the detail for MultiDiscrete actions and the 13 core details of "The 37 Implementation Details of PPO" (Huang
+et al., ICLR Blog Track 2022) as the official code (openai/baselines ppo2, commit ea25b9e) has them, and the article's
+invalid-action masks [aux-4], which the official code lacks. A tag such as [core-7] stands where that detail happens;
+[aux-N] are auxiliary details, [extra-N] behaviours of the official code that the article does not mention.
+docs/details.md lists them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
+
+    python ppo_multidiscrete.py          Jumanji/Cleaner-v0: a mean return above 17 after 98,304 steps
+
+train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the program
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+INVALID = -1e8  # logit of what cannot be chosen: its probability is 0, and 0 times its logarithm is no NaN
+MOST = 2**14  # alternatives, or combinations of them, that fit into memory in each step of a rollout
+SIGNALS = []  # those that came: training then ends after the present update
+
+
+@dataclass
+class AlgorithmArgs:
+    """How to learn."""
+
+    total_timesteps: float = 100_000  # steps of all environments together, floored to whole rollouts [extra-11]
+    learning_rate: float = 1e-3  # learning rate of Adam, at the start
+    num_envs: int = 16  # environments stepped together [core-1]
+    num_steps: int = 128  # steps of each environment in one rollout [core-1]
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 [core-4]
+    gamma: float = 0.99  # discount factor, 0 to 1
+    gae_lambda: float = 0.95  # GAE: from 0 (one-step TD error) to 1 (returns to the rollout's end) [core-5]
+    bootstrap_truncated: bool = False  # at a time limit, add gamma * V(last observation) to the reward [extra-14]
+    num_minibatches: int = 4  # equal parts that a rollout is cut into [core-6]
+    minibatch_replacement: bool = False  # draw minibatches with replacement, a common mistake [core-6]
+    update_epochs: int = 4  # passes over the rollout in one update [core-6]
+    norm_adv: bool = True  # normalize the advantages, for each minibatch [core-7]
+    norm_adv_per_batch: bool = False  # normalize the advantages once for the whole rollout instead [core-7]
+    population_std: bool = True  # normalize by the population's deviation; off: the sample's, as PyTorch does [extra-3]
+    clip_policy: bool = True  # clip the surrogate objective [core-8]
+    clip_coef: float = 0.2  # clip range of the probability ratio and of the value loss [core-8] [core-9]
+    anneal_clip: bool = False  # lower the clip range linearly to 0, like the learning rate [aux-1]
+    clip_vloss: bool = True  # clip the value loss [core-9]
+    ent_coef: float = 0.01  # weight of the entropy bonus [core-10]
+    vf_coef: float = 0.5  # weight of the value loss [core-10]
+    max_grad_norm: float = 0.5  # limit of the gradient's global norm; inf: no limit [core-11]
+    target_kl: float | None = None  # stop the update after an epoch with a mean KL divergence above this [aux-3]
+    adam_eps: float = 1e-5  # epsilon of Adam [core-3]
+    adam_eps_hat: bool = True  # add epsilon where TensorFlow 1 does; off: where PyTorch does [extra-1]
+    orthogonal_init: bool = True  # initialize weights orthogonally, biases with 0; off: PyTorch's default [core-2]
+    shared_network: bool = False  # let policy and value function share their hidden layers [core-13]
+    mask_actions: bool = True  # choose among valid actions only; off: do without masks altogether [aux-4]
+    mask_loss: bool = True  # leave invalid actions out of the loss too; off: mask only when acting [aux-4]
+    joint_actions: Literal["auto", "flat", "factored", "off"] = "auto"  # choose among all combinations at once [aux-4]
+
+
+@dataclass
+class EnvironmentArgs:
+    """What to learn."""
+
+    env_id: str = "Jumanji/Cleaner-v0"  # a registered environment, or module:EnvId, which imports the module first
+    env_kwargs: str = "{}"  # arguments for the environment's constructor, as a JSON object
+    env_backend: Literal["gymnasium", "envpool"] = "envpool"  # envpool has the default task; it is for Linux only
+
+
+@dataclass
+class RunArgs:
+    """Where to run and what to keep."""
+
+    exp_name: str = SCRIPT  # name of the experiment, part of the run directory's name
+    seed: int = 1  # seeds the network, the action noise and the shuffles; environment i gets seed + i [extra-35]
+    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
+    cuda: bool = False  # use the GPU if there is one; for networks this small the CPU is faster
+    compile: bool = False  # compile the gradient step: some seconds of start-up, then a much faster update
+    track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "ppo37"  # project at Weights & Biases
+    wandb_entity: str | None = None  # user or team at Weights & Biases
+    capture_video: bool = False  # record episodes of the first environment in the run directory's videos/
+    runs_dir: str = "runs"  # where run directories are created
+    checkpoint_interval: int = 50  # updates between two checkpoints; a killed run loses at most this much
+    resume: str | None = None  # go on with the run in this directory, with its settings (flags given beside it win)
+    evaluate: str | None = None  # play episodes with the agent in this run directory instead of training
+    eval_episodes: int = 10  # episodes to play with --evaluate
+    eval_deterministic: bool = False  # with --evaluate, take the most probable action instead of sampling one
+    eval_max_steps: int = 10_000  # with --evaluate, cut an episode off after this many steps
+
+
+@dataclass
+class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
+    """PPO with the 13 core details, for actions of several discrete components, with masks of the valid ones."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """[extra-11] Only whole rollouts count: 100,000 steps are 48 updates, 98,304 steps."""
+        return int(self.total_timesteps // self.batch_size)
+
+
+class EpisodeEnd(NamedTuple):
+    """What is known of an episode when it ends."""
+
+    env: int  # index of the environment
+    episodic_return: float
+    length: int
+    last_obs: np.ndarray  # [size]: what the last step led to; the rollout goes on with the next episode's first
+    truncated: bool  # cut off by a time limit, and not ended by the task
+
+
+class Features(Box):
+    """The observation space as the network sees it: vectors [size], made of arrays of any shape and kind."""
+
+    def __init__(self, space: gym.Space):
+        if isinstance(space, gym.spaces.Dict):  # the mask is no feature
+            space = gym.spaces.Dict([(name, part) for name, part in space.items() if name != "action_mask"])
+        self.encode, size = encoder(space)
+        super().__init__(-np.inf, np.inf, (size,))
+
+
+def encoder(space: gym.Space) -> tuple[Callable, int]:
+    """A function that turns observations [..., *shape] of a space into vectors [..., size] float32, and the size."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple) and len(space):
+        parts = space.items() if isinstance(space, gym.spaces.Dict) else enumerate(space)
+        parts = [(name, *encoder(part)) for name, part in parts]
+        size = sum(size for *_, size in parts)
+        return lambda obs: np.concatenate([encode(obs[name]) for name, encode, _ in parts], -1), size
+    if isinstance(space, MultiBinary):
+        space = Box(0, 1, space.shape, np.int8)
+    if isinstance(space, Discrete | MultiDiscrete):
+        low, counts = np.array(space.start), np.array(space.n if isinstance(space, Discrete) else space.nvec)
+    elif isinstance(space, Box):
+        low, counts = space.low, space.high.astype(float) - space.low + 1
+    else:
+        raise InputError(f"{SCRIPT}.py needs observations of numbers, also in Dict or Tuple, not {space}")
+    if isinstance(space, Box) and (space.dtype.kind not in "iu" or not 2 < counts.max(initial=0) <= 64):
+        if space.dtype == np.uint8 and low.ndim > 1:
+            say(f"images {space.shape} are flattened here; ppo_atari.py has a convolutional network")
+        return lambda obs: np.reshape(obs, (*np.shape(obs)[: np.ndim(obs) - low.ndim], -1)).astype(np.float32), low.size
+    # A few whole numbers are kinds of things more often than amounts, such as what lies on a tile: as one-hot vectors,
+    # each has weights of its own. The official code does so with Discrete and MultiDiscrete (common/input.py).
+    values = np.arange(counts.max())
+    exist = values < counts[..., None]
+    return lambda obs: ((np.asarray(obs) - low)[..., None] == values)[..., exist].astype(np.float32), int(exist.sum())
+
+
+class Choices(MultiDiscrete):
+    """The action space as the policy sees it: in each step G choices, each among at most M alternatives.
+
+    Either a choice for each of the K components of an action, G = K; or a joint one among all combinations of their
+    values, G = 1, for masks that say which combinations are valid.
+    """
+
+    def __init__(self, space: gym.Space, mask, args: Args):
+        """For the actions of a space; mask is one that came with an observation, None if none did."""
+        self.space, self.masked, self.mask_actions = space, mask is not None, args.mask_actions
+        self.first, self.sizes = components(space)  # the components' first values, and how many each of the K has
+        count, joint = math.prod(self.sizes), args.joint_actions
+        if joint == "auto":
+            over_combinations = self.masked and not read_masks([mask], self.sizes)[1]
+            joint = ("flat" if count <= 1000 else "factored") if over_combinations else "off"
+        if max(sum(self.sizes), 0 if joint == "off" else count) > MOST:
+            raise InputError(f"{space} has more than {MOST} alternatives with --joint-actions {joint}")
+        self.values = np.arange(max(self.sizes)) < np.array(self.sizes)[:, None]  # [K, largest]: which there are
+        self.exist, self.joint = self.values, joint != "off"
+        if self.joint:
+            self.exist = np.ones((1, count), bool)
+            self.combinations = np.stack(np.unravel_index(np.arange(count), self.sizes))  # [K, count]: their values
+        super().__init__([count] if self.joint else self.sizes)
+
+        # The network's logits are those of all values of all components or, if flat, of all combinations. A matrix of 0
+        # and 1 takes them to [G, M] where that is not the same: with gaps or, if factored, added up for combinations.
+        self.num_logits, self.layout = count if joint == "flat" else sum(self.sizes), None
+        if joint == "off" and not self.values.all():
+            self.layout = np.eye(self.values.size, dtype=np.float32)[self.values.ravel()]
+        elif joint == "factored":
+            parts = [np.arange(n)[:, None] == values for n, values in zip(self.sizes, self.combinations)]
+            self.layout = np.concatenate(parts).astype(np.float32)
+
+    def actions(self, choices: np.ndarray) -> np.ndarray:
+        """Choices [N, G] as actions [N, ...] of the environments."""
+        if self.joint:
+            choices = self.combinations[:, choices[:, 0]].T
+        return (choices.reshape(len(choices), *self.space.shape) + self.first).astype(self.space.dtype)
+
+    def masks(self, masks) -> np.ndarray:
+        """The masks that N environments gave, or as many None, as those of the valid choices [N, G, M]."""
+        if any((mask is not None) != self.masked for mask in masks):
+            raise InputError("an action mask must come with each observation or with none, of reset and step alike")
+        if not self.masked or not self.mask_actions:
+            return np.broadcast_to(self.exist, (len(masks), *self.exist.shape))
+        masks, by_component = read_masks(masks, self.sizes)
+        if not (some := masks.any(-1)).all():
+            # [aux-4] Where no value is valid there is no choice: the only one left has probability 1, and so entropy
+            # and gradient 0.
+            say("where an action mask leaves a component no valid value, it gets the first")
+            masks[..., 0] |= ~some
+        if by_component and self.joint:
+            return masks[:, np.arange(len(self.sizes))[:, None], self.combinations].all(1, keepdims=True)
+        if not by_component and not self.joint:
+            say("--joint-actions off: each component may take the values that are valid in any combination")
+            masks, table = np.zeros((len(masks), *self.values.shape), bool), masks.reshape(len(masks), *self.sizes)
+            for k, size in enumerate(self.sizes):
+                masks[:, k, :size] = np.moveaxis(table, k + 1, 1).reshape(len(table), size, -1).any(-1)
+        return masks
+
+
+class MaskedEnv(gym.Wrapper):
+    """An environment of gymnasium as the policy sees it; valid [G, M] tells which choices it has now."""
+
+    def __init__(self, env: gym.Env, observation_space: Features, action_space: Choices):
+        super().__init__(env)
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        """Starts an episode."""
+        obs, info = self.env.reset(**kwargs)
+        (self.valid,) = self.action_space.masks([find_mask(obs, info, self.env)])
+        return self.observation_space.encode(obs), info
+
+    def step(self, choices: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Takes choices [G]."""
+        (action,) = self.action_space.actions(choices[None])
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if not terminated and not truncated:  # at an end nothing can be chosen, and reset() follows
+            (self.valid,) = self.action_space.masks([find_mask(obs, info, self.env)])
+        return self.observation_space.encode(obs), reward, terminated, truncated, info
+
+
+class Environments:
+    """N environments of gymnasium, stepped one after the other, that restart by themselves."""
+
+    def __init__(self, envs: list[MaskedEnv], max_steps: float):
+        self.envs, self.max_steps = envs, max_steps
+        self.observation_space, self.action_space = envs[0].observation_space, envs[0].action_space
+        self.obs = np.zeros((len(envs), *self.observation_space.shape), np.float32)
+        self.rewards, self.dones = np.zeros(len(envs), np.float32), np.zeros(len(envs), bool)
+
+    def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
+        """Starts an episode in each and returns the first observations [N, size].
+
+        A run that is resumed at first_step does not play its first episodes again.
+        """
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        random.seed(seed + first_step)  # some environments draw from the global generators, or from their spaces
+        np.random.seed((seed + first_step) % 2**32)
+        for i, env in enumerate(self.envs):
+            env.unwrapped.observation_space.seed(seed + first_step + i)
+            env.unwrapped.action_space.seed(seed + first_step + i)
+            self.obs[i], _ = env.reset(seed=seed + i)  # [extra-35]
+            if first_step:
+                env.unwrapped.np_random = np.random.default_rng([seed + i, first_step])
+                self.obs[i], _ = env.reset()
+        return self.obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[EpisodeEnd]]:
+        """Takes actions [N, ...]; returns the next observations [N, size], rewards [N], dones [N] and what ended.
+
+        The next step overwrites what this one returned.
+        """
+        ends = []
+        for i, env in enumerate(self.envs):
+            self.obs[i], reward, terminated, truncated, _ = env.step(actions[i])
+            self.rewards[i] = reward = reward if type(reward) is float else np.asarray(reward).item()
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            self.dones[i] = done = bool(terminated or truncated or self.lengths[i] >= self.max_steps)
+            if done:
+                ends.append(EpisodeEnd(i, self.returns[i], self.lengths[i], self.obs[i].copy(), not terminated))
+                self.returns[i], self.lengths[i] = 0.0, 0
+                # [core-1] The next episode begins within the same step: what follows a done in the rollout is its first
+                # observation. Gymnasium's vector environments take an extra step for the restart by default, whose
+                # action is ignored: a transition that never happened, and must not be learned from.
+                self.obs[i], _ = env.reset()
+        return self.obs, self.rewards, self.dones, ends
+
+    def masks(self) -> np.ndarray:
+        """Which choices are valid now, [N, G, M]; after an episode's end, those of the next one's start."""
+        return np.stack([env.valid for env in self.envs])
+
+    def close(self) -> None:
+        """Closes all."""
+        for env in self.envs:
+            env.close()
+
+
+class EnvpoolEnvironments(Environments):
+    """The same with EnvPool, whose C++ threads step all environments in parallel."""
+
+    def __init__(self, args: Args, max_steps: float):
+        import envpool
+
+        if args.env_id not in envpool.list_all_envs():
+            similar = " or ".join(difflib.get_close_matches(args.env_id, envpool.list_all_envs()))
+            similar = f"; did you mean {similar}?" * bool(similar)
+            similar = "; add --env-backend gymnasium" if args.env_id in gym.registry else similar
+            raise InputError(f"EnvPool has no {args.env_id}{similar}")
+        kwargs = {"max_episode_steps": int(min(max_steps, envpool.make_spec(args.env_id).config.max_episode_steps))}
+        kwargs |= json.loads(args.env_kwargs) | {"num_envs": args.num_envs, "batch_size": args.num_envs}
+        self.make = lambda seed: envpool.make_gymnasium(args.env_id, **kwargs, seed=seed % 2**31)
+        self.envs, self.pool = [], self.make(args.seed)
+        self.observation_space = Features(self.pool.observation_space)
+        _, masks = self.see(*self.pool.reset())
+        self.action_space = Choices(self.pool.action_space, masks[0], args)
+
+    def see(self, obs, info: dict) -> tuple[np.ndarray, np.ndarray]:
+        """What the pool gave -> vectors [N, size] and its masks [N, ...], or None for each environment."""
+        obs, masks = self.observation_space.encode(obs), find_mask(obs, info)
+        return obs, np.full(len(obs), None) if masks is None else np.array(masks)
+
+    def masks(self) -> np.ndarray:
+        """As above."""
+        return self.valid
+
+    def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
+        """As above. EnvPool takes a seed only when environments are made."""
+        self.pool = self.make(seed + first_step)
+        obs, masks = self.see(*self.pool.reset())
+        self.valid = self.action_space.masks(masks)
+        self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
+        return obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[EpisodeEnd]]:
+        """As above."""
+        actions = self.action_space.actions(actions)
+        obs, rewards, terminated, truncated, info = self.pool.step(actions)
+        obs, masks = self.see(obs, info)
+        dones = terminated | truncated
+        self.returns += rewards
+        self.lengths += 1
+        ends, ended = [], np.flatnonzero(dones)
+        for i in ended.tolist():
+            ends.append(EpisodeEnd(i, self.returns[i], self.lengths[i], obs[i].copy(), not terminated[i]))
+        if ends:
+            # [core-1] EnvPool restarts an environment in its next step, whose action it ignores. One more call for just
+            # these environments does that within this step, so that no such transition gets into the rollout.
+            first_obs, *_, info = self.pool.step(actions[ended], ended.astype(np.int32))
+            obs[ended], masks[ended] = self.see(first_obs, info)
+            self.returns[ended], self.lengths[ended] = 0, 0
+        self.valid = self.action_space.masks(masks)
+        return obs, rewards, dones, ends
+
+
+def make_envs(args: Args, video_folder: Path | None = None) -> Environments:
+    """Creates num_envs environments; raises InputError if that is impossible or their spaces or masks do not fit."""
+    max_steps = args.eval_max_steps if args.evaluate else math.inf
+    if args.env_backend == "envpool" and importlib.util.find_spec("envpool"):
+        with reported(args):
+            return EnvpoolEnvironments(args, max_steps)
+    # Which masks there are shows only in an episode. Another environment plays a step of one, and is thrown away.
+    trial = make_env(args.env_id, args, None)
+    features = Features(trial.observation_space)
+    choices = Choices(trial.action_space, find_mask(*trial.reset(), trial), args)
+    first = MaskedEnv(trial, features, choices)
+    first.reset()
+    first.step(first.valid.argmax(-1))
+    trial.close()
+    envs = [make_env(args.env_id, args, None if index else video_folder) for index in range(args.num_envs)]
+    return Environments([MaskedEnv(env, features, choices) for env in envs], max_steps)
+
+
+def layer_init(layer: nn.Linear, gain: float, args: Args) -> nn.Linear:
+    """Initializes a layer like the official code (a2c/utils.py) and returns it."""
+    if args.orthogonal_init:
+        # [core-2] Orthogonal weights let signals and gradients pass through the layers with their scale unchanged.
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """A policy (actor) and a value function (critic), each with two hidden layers of 64 tanh units.
+
+    actor: observations [..., size] -> logits [..., logits], which arrange() puts into their places [..., G, M].
+    critic: observations [..., size] -> expected discounted returns [..., 1].
+    """
+
+    def __init__(self, observation_space: Features, action_space: Choices, args: Args):
+        super().__init__()
+
+        def hidden_layers() -> list[nn.Module]:
+            first = layer_init(nn.Linear(observation_space.shape[0], 64), math.sqrt(2), args)
+            return [first, nn.Tanh(), layer_init(nn.Linear(64, 64), math.sqrt(2), args), nn.Tanh()]
+
+        # [core-13] With hidden layers of their own, policy and value function do not disturb each other's features. The
+        # layers of both are drawn independently. [extra-16]
+        actor_layers = hidden_layers()
+        critic_layers = actor_layers if args.shared_network else hidden_layers()
+        # [core-2] The small gain makes the first policy nearly uniform, so that every action gets tried.
+        # [multidiscrete-1] One layer has the logits of all components, one after the other.
+        self.actor = nn.Sequential(*actor_layers, layer_init(nn.Linear(64, action_space.num_logits), 0.01, args))
+        self.critic = nn.Sequential(*critic_layers, layer_init(nn.Linear(64, 1), 1.0, args))
+        self.shape, layout = action_space.exist.shape, action_space.layout
+        self.register_buffer("layout", layout if layout is None else torch.from_numpy(layout), persistent=False)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observations [..., size] -> logits [..., G, M] and values [...]."""
+        return arrange(self.actor(obs), self.layout, self.shape), self.critic(obs).squeeze(-1)
+
+
+def arrange(logits, layout, shape: tuple[int, int]):
+    """The actor's logits [..., logits] -> [..., G, M], by the layout of Choices; arrays or tensors."""
+    logits = logits if layout is None else logits @ layout
+    return logits.reshape(*logits.shape[:-1], *shape)
+
+
+@torch.no_grad()
+def as_numpy(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The network as it is now, as a function of arrays: a few observations take NumPy a third of PyTorch's time.
+
+    A network of other layers than nn.Linear and nn.Tanh acts in PyTorch.
+    """
+    if type(network) is not nn.Sequential or not all(
+        type(layer) is nn.Tanh or (type(layer) is nn.Linear and layer.bias is not None) for layer in network
+    ):
+        say("the actor has other layers than Linear and Tanh: it acts in PyTorch, which is slower than NumPy")
+        device = next(network.parameters()).device
+        return lambda x: network(torch.from_numpy(x).to(device)).cpu().numpy()
+    layers = [[p.cpu().numpy().T for p in layer.parameters()] for layer in network]  # of tanh: an empty list
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        for weights in layers:
+            x = x @ weights[0] + weights[1] if weights else np.tanh(x)
+        return x
+
+    return forward
+
+
+def log_probabilities(
+    logits: torch.Tensor, actions: torch.Tensor, masks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [...] of actions [..., G] and entropies [...] of the policy with logits [..., G, M]."""
+    # [aux-4] A softmax over the valid choices [..., G, M] alone: the others have probability 0, add nothing to the
+    # entropy, and their logits get no gradient.
+    all_log_probs = torch.where(masks, logits, INVALID).log_softmax(-1)
+    log_probs = all_log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+    # [multidiscrete-1] The components are independent: the probability of an action is the product of theirs. The loss
+    # sees one ratio for each sample, not one for each component (common/distributions.py, MultiCategoricalPd).
+    return log_probs.sum(-1), entropy.sum(-1)
+
+
+class Rollout(NamedTuple):
+    """num_steps = T steps in each of num_envs = N environments."""
+
+    obs: np.ndarray  # [T+1, N, size] float32; the last row is where the next rollout goes on
+    actions: np.ndarray  # [T, N, G] int64: what was chosen
+    masks: np.ndarray  # [T, N, G, M] bool: what was valid
+    rewards: np.ndarray  # [T, N] float32
+    dones: np.ndarray  # [T, N] bool: this step ended its episode
+    ends: list[tuple[int, EpisodeEnd]]  # the episodes that ended, and the steps in which they did
+
+
+@torch.inference_mode()
+def collect_rollout(agent: Agent, envs: Environments, next_obs: np.ndarray, args: Args, greedy=False) -> Rollout:
+    """Acts for num_steps steps, starting from the observations next_obs [N, size] (ppo2/runner.py).
+
+    Actions are samples of the policy or, if greedy, its most probable ones.
+    """
+    obs = np.empty((args.num_steps + 1, *next_obs.shape), np.float32)
+    actions = np.empty((args.num_steps, args.num_envs, *envs.action_space.shape), np.int64)
+    masks = np.empty((args.num_steps, args.num_envs, *agent.shape), bool)
+    rewards = np.empty((args.num_steps, args.num_envs), np.float32)
+    dones = np.empty((args.num_steps, args.num_envs), bool)
+    ends = []
+    # Gumbel noise is -log(-log(u)) of uniform u. The action with the largest logit + noise is a sample of the policy;
+    # the official code draws it so too. One large draw for the whole rollout is much faster than one for each step.
+    gumbel = -torch.empty(masks.shape).exponential_().log().numpy()
+    if greedy:
+        gumbel[:] = 0
+    act = as_numpy(agent.actor)
+
+    obs[0] = next_obs
+    for step in range(args.num_steps):
+        # Acting needs no values; train() computes them for the whole rollout at once.
+        logits = arrange(act(obs[step]), envs.action_space.layout, agent.shape)
+        # [aux-4] Only valid actions are taken, also when the agent is evaluated.
+        masks[step] = envs.masks()
+        actions[step] = np.where(masks[step], logits + gumbel[step], INVALID).argmax(-1)
+        obs[step + 1], rewards[step], dones[step], step_ends = envs.step(actions[step])
+        ends += [(step, end) for end in step_ends]
+    return Rollout(obs, actions, masks, rewards, dones, ends)
+
+
+def compute_gae(
+    rewards: torch.Tensor, values: torch.Tensor, dones: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2015, arXiv:1506.02438; ppo2/runner.py).
+
+    rewards [T, N], dones [T, N] (this step ended its episode) and values [T+1, N], the last row for the observations
+    after the last step. Returns advantages A and value targets R, [T, N] each:
+
+        delta_t = r_t + gamma * V(s_t+1) * (1 - done_t) - V(s_t)
+        A_t = delta_t + gamma * lambda * (1 - done_t) * A_t+1        R_t = A_t + V(s_t)
+    """
+    # [core-5] Where the rollout stops within an episode, V(s_T) stands for the rest of it; where an episode ends,
+    # nothing follows. Lambda trades the bias of V against the variance of long sums. [extra-13] In float64.
+    unfinished = 1.0 - dones.double()
+    deltas = rewards + gamma * values[1:] * unfinished - values[:-1]
+    advantages, decays = list(deltas), list(gamma * gae_lambda * unfinished)
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += decays[t] * advantages[t + 1]
+    returns = torch.stack(advantages).to(values.dtype) + values[:-1]
+    return returns - values[:-1], returns  # [extra-4] The official code learns from this rounded difference.
+
+
+def normalize(advantages: torch.Tensor, args: Args) -> torch.Tensor:
+    """Advantages with mean 0 and standard deviation 1 along the last dimension (ppo2/model.py)."""
+    # [extra-3] The population's deviation, which divides by n; PyTorch's default divides by n - 1.
+    std, mean = torch.std_mean(advantages, -1, correction=0 if args.population_std else 1, keepdim=True)
+    return (advantages - mean) / (std + 1e-8)
+
+
+class Batch(NamedTuple):
+    """B samples: those of a rollout, or of a minibatch."""
+
+    obs: torch.Tensor  # [B, size]
+    actions: torch.Tensor  # [B, G]
+    masks: torch.Tensor  # [B, G, M]: which choices are valid
+    log_probs: torch.Tensor  # [B]: log-probabilities of the actions when they were taken
+    advantages: torch.Tensor  # [B]
+    returns: torch.Tensor  # [B]: what the value function should say
+    values: torch.Tensor  # [B]: what it said
+
+
+def ppo_loss(
+    log_probs: torch.Tensor, entropy: torch.Tensor, values: torch.Tensor, batch: Batch, clip_coef: float, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of a minibatch of B samples (ppo2/model.py).
+
+    log_probs, entropy and values [B] are what the agent now says of the observations and actions of the minibatch.
+    Returns the loss [], its terms [3] (policy loss, value loss, entropy) and the log-ratios [B] of new to old policy.
+    """
+    log_ratio = log_probs - batch.log_probs
+    ratio = log_ratio.exp()
+
+    # [core-8] Taking the worse of both leaves nothing to gain from moving the ratio further than clip_coef from 1.
+    policy_loss = -batch.advantages * ratio
+    if args.clip_policy:
+        policy_loss = torch.maximum(policy_loss, -batch.advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef))
+    policy_loss = policy_loss.mean()
+
+    # [core-9] The same for the value function: nothing to gain from moving further than clip_coef from the old value.
+    value_loss = (values - batch.returns).square()
+    if args.clip_vloss:
+        clipped_values = values.clamp(batch.values - clip_coef, batch.values + clip_coef)
+        value_loss = torch.maximum(value_loss, (clipped_values - batch.returns).square())
+    value_loss = 0.5 * value_loss.mean()  # [extra-6] This half comes on top of vf_coef.
+
+    # [core-10] One loss for policy and value function; the entropy bonus keeps the policy from settling too early.
+    entropy = entropy.mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, torch.stack([policy_loss, value_loss, entropy]).detach(), log_ratio.detach()
+
+
+def policy_change(log_ratio: torch.Tensor, clip_coef: float) -> dict[str, float]:
+    """How far the policy has moved, given log-ratios of new to old policy of any shape (ppo2/model.py)."""
+    # [core-12] Three estimates of the KL divergence between them (http://joschu.net/blog/kl-approx.html): k1, the
+    # article's; k3, which varies less; and k2, the one that the official code logs [extra-7].
+    ratio = log_ratio.exp()
+    return {
+        "losses/old_approx_kl": -log_ratio.mean().item(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean().item(),
+        "losses/official_approx_kl": 0.5 * log_ratio.square().mean().item(),
+        "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float().mean().item(),
+    }
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on one vector [P] of all parameters, as TensorFlow 1 computes it.
+
+    The agent's parameters become views of that vector: a step then takes a few operations, not a few for each layer.
+    """
+
+    def __init__(self, agent: Agent):
+        self.tensors = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+        self.parameters = torch.cat([p.detach().flatten() for p in self.tensors])
+        for parameter, view in zip(self.tensors, self.parameters.split([p.numel() for p in self.tensors])):
+            parameter.data = view.view_as(parameter)
+        self.moment1, self.moment2 = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)
+        self.steps = 0
+
+    def coefficients(self, learning_rate: float, args: Args) -> tuple[float, float]:
+        """Counts one more step and returns its step size, with Adam's bias corrections, and its epsilon."""
+        self.steps += 1
+        correction1, correction2 = 1 - 0.9**self.steps, math.sqrt(1 - 0.999**self.steps)
+        # [core-3] A larger epsilon than the usual 1e-8 shortens the steps of parameters with tiny gradients. [extra-1]
+        # TensorFlow 1 adds it to the root of the uncorrected second moment: in terms of PyTorch's Adam, its epsilon is
+        # 1e-5 / sqrt(1 - 0.999**t), 32 times as much in the first step.
+        epsilon = args.adam_eps if args.adam_eps_hat else args.adam_eps * correction2
+        return learning_rate * correction2 / correction1, epsilon
+
+    def step(self, gradient: torch.Tensor, step_size: float, epsilon: float) -> None:
+        """Moves the parameters against their gradient [P]."""
+        self.moment1.lerp_(gradient, 1 - 0.9)
+        self.moment2.lerp_(gradient.square(), 1 - 0.999)
+        # In place where it can be: with millions of parameters, new memory costs more time than the arithmetic.
+        self.parameters -= (step_size * self.moment1).div_(self.moment2.sqrt().add_(epsilon))
+
+
+def gradient_step(agent: Agent, adam: Adam, minibatch: Batch, clip_coef, step_size, epsilon, args: Args):
+    """Improves the agent on one minibatch; returns the loss's terms and the log-ratios, as ppo_loss does."""
+    logits, values = agent(minibatch.obs)
+    log_probs, entropy = log_probabilities(logits, minibatch.actions, minibatch.masks)
+    loss, terms, log_ratio = ppo_loss(log_probs, entropy, values, minibatch, clip_coef, args)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, adam.tensors)])
+    with torch.no_grad():
+        # [core-11] One norm over all parameters together: clipping shortens the gradient but keeps its direction.
+        # torch's clip_grad_norm_ adds 1e-6 to the norm, this does not. [extra-5] Tensor.norm() would add millions of
+        # squares one after the other, and lose precision; sum() adds them in pairs.
+        gradient *= (args.max_grad_norm / gradient.square().sum().sqrt()).clamp(max=1)
+        adam.step(gradient, step_size, epsilon)
+    return terms, log_ratio
+
+
+def train(args: Args) -> dict:
+    """Trains an agent; returns {"run_dir", "global_step", "episodic_return": mean of the last 100 episodes}.
+
+    Raises InputError for settings that cannot work, FloatingPointError when the training diverged.
+    """
+    check_args(args)
+    torch.set_num_threads(1)  # matrices this small are faster with one thread
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = make_envs(args)
+    agent = Agent(envs.observation_space, envs.action_space, args).to(device)
+    adam = Adam(agent)
+    improve = compiled(gradient_step, device) if args.compile else gradient_step
+
+    run = Run(args, agent, adam)
+    if args.capture_video:
+        envs = make_envs(args, run.path / "videos")
+
+    next_obs = envs.reset(args.seed, run.global_step)
+    for update in range(run.update, args.num_updates):
+        # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
+        remaining = 1 - update / args.num_updates
+        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        # [aux-1] So may the clip range; in the official code it is constant. [extra-9]
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+
+        # [core-1] Rollouts have a fixed length; the next one goes on where this one stops, in the middle of episodes.
+        rollout = collect_rollout(agent, envs, next_obs, args)
+        next_obs = rollout.obs[-1]
+        check_finite({"an observation [step, env, entry]": rollout.obs, "a reward [step, env]": rollout.rewards}, run)
+        obs, actions, masks, rewards, dones = (torch.from_numpy(array).to(device) for array in rollout[:5])
+        if not args.mask_loss:
+            # [aux-4] Actions are then drawn from another policy than the one that learns: a common mistake.
+            masks = torch.from_numpy(envs.action_space.exist).to(device).expand_as(masks)
+        with torch.no_grad():
+            logits, values = agent(obs)
+            log_probs, _ = log_probabilities(logits[:-1], actions, masks)
+            # [extra-14] The official code takes a time limit for an end; this adds the value of what was cut off.
+            for step, end in rollout.ends if args.bootstrap_truncated else []:
+                if end.truncated:
+                    *_, last_value = agent(torch.from_numpy(end.last_obs).to(device))
+                    rewards[step, end.env] += args.gamma * last_value
+            advantages, returns = compute_gae(rewards, values, dones, args.gamma, args.gae_lambda)
+            if args.norm_adv and args.norm_adv_per_batch:
+                advantages = normalize(advantages.flatten(), args)
+        batch = Batch(obs[:-1], actions, masks, log_probs, advantages, returns, values[:-1])
+        batch = Batch(*(tensor.reshape(args.batch_size, *tensor.shape[2:]) for tensor in batch))
+
+        terms, log_ratios = [], []
+        for epoch in range(args.update_epochs):
+            # [core-6] Each epoch shuffles the samples anew and uses every one of them once. [extra-12]
+            order = torch.randperm(args.batch_size)
+            if args.minibatch_replacement:
+                order = torch.randint(args.batch_size, (args.batch_size,))
+            order = order.view(args.num_minibatches, -1).to(device)
+            shuffled = Batch(*(tensor[order] for tensor in batch))  # [minibatches, samples, ...]
+            # [core-7] Advantages on one scale let one learning rate fit rewards of any scale.
+            if args.norm_adv and not args.norm_adv_per_batch:
+                shuffled = shuffled._replace(advantages=normalize(shuffled.advantages, args))
+            for minibatch in map(Batch._make, zip(*shuffled)):
+                step_size, epsilon = adam.coefficients(learning_rate, args)
+                minibatch_terms, log_ratio = improve(agent, adam, minibatch, clip_coef, step_size, epsilon, args)
+                terms.append(minibatch_terms)
+                log_ratios.append(log_ratio)
+            # [aux-3] The policy is then far enough from the one that collected the data.
+            if args.target_kl is not None:
+                change = policy_change(torch.stack(log_ratios[-args.num_minibatches :]), clip_coef)
+                if change["losses/approx_kl"] > args.target_kl:
+                    break
+
+        # [core-12] Means over all minibatches of the update, each taken before its own gradient step. [extra-8]
+        names = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+        losses = dict(zip(names, torch.stack(terms).mean(0).tolist(), strict=True))
+        losses |= policy_change(torch.stack(log_ratios), clip_coef)
+        check_finite(losses | {"a parameter": adam.parameters}, run)
+        losses["losses/explained_variance"] = (1 - (returns - values[:-1]).var() / returns.var()).item()
+        run.end_update(rollout.ends, {"charts/learning_rate": learning_rate} | losses)
+        if SIGNALS:
+            break
+
+    envs.close()
+    return run.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Here the algorithm ends. What follows keeps files, reads the command line and plays, and changes nothing of it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Something the user gave cannot work: reported in one line, with exit code 2."""
+
+
+@functools.cache
+def say(text: str) -> None:
+    """Prints a line on stderr, once. A closed terminal or a full disk is no reason to end a training."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def one_line(error: Exception) -> str:
+    """An error's kind and message without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def check_args(args: Args) -> None:
+    """Raises InputError for the first setting that cannot work."""
+    limits = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
+    for name, value in vars(args).items():
+        low, high = limits.get(name, (1, 2**31 - 1) if type(value) is int else (0, 2**53))
+        if type(value) in (int, float) and not low <= value <= high:  # also catches not-a-number
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+    if args.total_timesteps < args.batch_size:
+        raise InputError(f"--total-timesteps {args.total_timesteps:.0f} is below one rollout, {args.batch_size} steps")
+    if args.batch_size % args.num_minibatches:
+        raise InputError(f"a rollout of {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples "
+                         f"cannot be cut into {args.num_minibatches} equal minibatches")  # fmt: skip
+    if args.norm_adv and not args.norm_adv_per_batch and args.batch_size == args.num_minibatches:
+        raise InputError("minibatches of one sample cannot be normalized: lower --num-minibatches or use --no-norm-adv")
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if args.compile and not args.evaluate and not shutil.which(compiler):
+        raise InputError(f"--compile needs a C++ compiler, and {compiler} is not there; $CXX can name another one")
+    if args.env_backend == "envpool" and args.capture_video:
+        raise InputError("EnvPool cannot record videos: add --env-backend gymnasium")
+    if args.cuda and not torch.cuda.is_available():
+        say("PyTorch finds no GPU: using the CPU")
+    if args.env_backend == "envpool" and not importlib.util.find_spec("envpool"):
+        say("EnvPool is not installed (it exists for Linux only): using gymnasium")
+
+
+def check_finite(values: dict, run: "Run") -> None:
+    """Raises FloatingPointError for the first of the arrays, tensors or numbers that is not finite, and says where."""
+    for name, value in values.items():
+        if (wrong := ~torch.as_tensor(value).isfinite()).any():
+            where = f" at {wrong.nonzero()[0].tolist()}" if wrong.dim() else ""
+            raise FloatingPointError(f"in update {run.update + 1}, {name} is not finite{where}; the last checkpoint in "
+                                     f"{run.path} is good")  # fmt: skip
+
+
+def components(space: gym.Space) -> tuple[int | np.ndarray, list[int]]:
+    """The first value of each component of an action, and how many there are; raises InputError for other actions."""
+    if isinstance(space, Discrete):
+        return space.start, [int(space.n)]
+    if isinstance(space, MultiDiscrete):
+        return space.start, space.nvec.ravel().tolist()
+    if isinstance(space, MultiBinary):
+        return 0, [2] * math.prod(space.shape)
+    if isinstance(space, Box) and space.dtype.kind in "iu":  # EnvPool's form of MultiDiscrete
+        return space.low, (space.high.astype(int) - space.low + 1).ravel().tolist()
+    other = "; ppo_continuous.py is for Box actions" if isinstance(space, Box) else ""
+    raise InputError(f"{SCRIPT}.py needs Discrete, MultiDiscrete, MultiBinary or whole-numbered Box actions, "
+                     f"not {space}{other}")  # fmt: skip
+
+
+def find_mask(obs, info: dict, env: gym.Env | None = None):
+    """The action mask that came with an observation, or None; from EnvPool those of all environments."""
+    if isinstance(obs, dict) and "action_mask" in obs:
+        return obs["action_mask"]
+    if "action_mask" in info:
+        return info["action_mask"]
+    return env.get_wrapper_attr("action_masks")() if env and env.has_wrapper_attr("action_masks") else None
+
+
+def read_masks(masks, sizes: list[int]) -> tuple[np.ndarray, bool]:
+    """Masks of N environments as bool [N, K, largest] and True, or over combinations as [N, 1, count] and False."""
+    row, rows, table = (sum(sizes),), (len(sizes), max(sizes)), tuple(sizes)
+    exist, given = np.arange(max(sizes)) < np.array(sizes)[:, None], "what is no array of 0 and 1"
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(masks[0], tuple):
+            given = f"vectors of {[len(part) for part in masks[0]]}"
+            masks = [np.concatenate(mask) for mask in masks if [len(part) for part in mask] == sizes]
+        array = np.asarray(masks)
+        valid, shape = array.astype(bool), array.shape[1:]
+        if len(array) and (valid == array).all():
+            given = f"{list(shape)}" + ", which can be the second or the third" * (shape == rows == table)
+            if shape == row:
+                rows_of_values = np.zeros((len(valid), *rows), bool)
+                rows_of_values[:, exist] = valid
+                return rows_of_values, True
+            if shape == rows != table:
+                return valid & exist, True
+            if shape == table != rows:
+                return valid.reshape(len(valid), 1, -1), False
+    raise InputError(f"an action mask must be an array of 0 and 1 of shape {list(row)} for all values in a row, "
+                     f"{list(rows)} for a row of each component or {sizes} for all combinations, or a tuple of "
+                     f"{len(sizes)} vectors; not {given}")  # fmt: skip
+
+
+def compiled(step: Callable, device: torch.device) -> Callable:
+    """gradient_step as one compiled function of forward pass, backward pass and Adam; its first call compiles."""
+    say("compiling the gradient step takes some seconds")
+    torch._dynamo.reset()  # forgets what another train() has compiled
+    torch._dynamo.config.trace_autograd_ops = True
+    # All minibatches have the same shape, so that the checks before each call can be left out.
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
+    compiled_step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+    def call(agent, adam, minibatch, clip_coef, step_size, epsilon, args):
+        # As tensors, for a number that changes would be compiled anew.
+        numbers = torch.tensor((clip_coef, step_size, epsilon)).to(device, non_blocking=True)
+        return compiled_step(agent, adam, minibatch, *numbers.unbind(), args)
+
+    return call
+
+
+@contextlib.contextmanager
+def reported(args: Args):
+    """Turns an error in making environments into one line, if what the user gave may be the reason."""
+    warnings.filterwarnings("ignore", ".*(is out of date|precision lowered|Overwriting existing videos)")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, gym.error.Error | ImportError) or args.env_kwargs != "{}" or args.env_backend == "envpool":
+            given = f"{args.env_id} with --env-kwargs {args.env_kwargs}"
+            raise InputError(f"cannot make {given}: {one_line(error)}") from error
+        raise  # a fault within the environment: its own traceback says most
+
+
+def make_env(env_id: str, args: Args, video_folder: Path | None, **kwargs) -> gym.Env:
+    """Makes a registered environment with kwargs and --env-kwargs; if there is a folder, videos of it go there."""
+    with reported(args):
+        kwargs |= json.loads(args.env_kwargs)
+        if not video_folder:
+            return gym.make(env_id, **kwargs)
+    try:
+        every = (lambda episode: episode < args.eval_episodes) if args.evaluate else None
+        return SafeRecordVideo(gym.make(env_id, render_mode="rgb_array", **kwargs), str(video_folder), every,
+                               name_prefix=f"{time.time():.0f}", video_length=1000)  # fmt: skip
+    except Exception as error:
+        say(f"no videos, {env_id} cannot be recorded: {one_line(error)}")
+        return make_env(env_id, args, None, **kwargs)
+
+
+class SafeRecordVideo(gym.wrappers.RecordVideo):
+    """RecordVideo that gives up recording, not training, when the renderer or the encoder fails."""
+
+    def _attempt(self, method: Callable) -> None:
+        try:
+            method()
+        except Exception as error:
+            say(f"no more videos, recording failed: {one_line(error)}")
+            self.recording, self.recorded_frames, self.episode_trigger = False, [], lambda episode: False
+
+    def _capture_frame(self) -> None:
+        self._attempt(super()._capture_frame)
+
+    def stop_recording(self) -> None:
+        """Writes the video file, if that is possible."""
+        self._attempt(super().stop_recording)
+
+
+def restore(path: Path, agent: Agent, adam: Adam | None = None) -> dict:
+    """Reads checkpoint.pt into the agent and Adam and returns all it holds; raises InputError if it is no good."""
+    try:
+        state = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # cannot run code
+        agent.load_state_dict(state["agent"])
+        if adam:
+            for moment, saved in zip((adam.moment1, adam.moment2), state["moments"], strict=True):
+                moment.copy_(saved.view_as(moment))
+            state["update"], adam.steps, state["metrics_bytes"] = state["counts"].long().abs().tolist()
+            state["returns"], state["seconds"] = state["returns"].double().tolist(), state["seconds"].item()
+            torch.set_rng_state(state["rng"])
+        return state
+    except Exception as error:  # a broken file makes torch.load raise anything
+        raise InputError(f"cannot use {path / 'checkpoint.pt'}: {one_line(error)}") from error
+
+
+class Run:
+    """What a run has besides the algorithm: its directory, metrics, checkpoints and progress bar."""
+
+    def __init__(self, args: Args, agent: Agent, adam: Adam):
+        """Creates the run directory or, with --resume, restores agent, Adam and metrics from its last checkpoint."""
+        self.args, self.agent, self.adam, self.wandb, self.bar = args, agent, adam, None, None
+        self.update, self.seconds, self.returns, metrics_bytes = 0, 0.0, [], 0
+        try:
+            name, now = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+            while not args.resume and Path(args.runs_dir, f"{name}__{now}").exists():  # two runs in one second
+                now += 1
+            self.path = Path(args.resume or Path(args.runs_dir, f"{name}__{now}")).resolve()
+            self.path.mkdir(parents=True, exist_ok=bool(args.resume))
+            if any(entry.is_symlink() for entry in self.path.iterdir()):
+                raise InputError(f"{self.path} has symbolic links, which might lead out of it")
+            self.metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # unbuffered: no kill can tear a line
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path} is still running: another process writes to it") from None
+        except OSError as error:
+            raise InputError(f"cannot write the run directory: {error}") from error
+        if args.resume:
+            state = restore(self.path, agent, adam)
+            self.update, self.returns, self.seconds = state["update"], state["returns"], state["seconds"]
+            metrics_bytes = state["metrics_bytes"]
+        # What came after the checkpoint is going to be done again.
+        self.metrics.seek(self.metrics.truncate(min(metrics_bytes, self.metrics.tell())))
+        if args.track:
+            self.start_tracking()
+        self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+        self.start = time.time()
+        self.measured_from = self.global_step, self.start
+        self.save()
+
+    def start_tracking(self) -> None:
+        """Starts the run at Weights & Biases, or goes on with it; raises InputError if that is impossible."""
+        try:
+            import wandb
+
+            name, args = self.path.name, self.args
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.path, name=name,
+                                    id=name, resume="allow", config=asdict(args))  # fmt: skip
+            self.wandb.define_metric("*", step_metric="global_step")
+        except Exception as error:
+            if not self.args.resume:
+                shutil.rmtree(self.path)
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()  # if it is empty
+            raise InputError(f"--track: {one_line(error)}") from error
+
+    @property
+    def global_step(self) -> int:
+        """Steps of all environments so far."""
+        return self.update * self.args.batch_size
+
+    def write(self, name: str, contents: bytes) -> None:
+        """Replaces a file of the run at once: if a kill or a full disk cuts the writing short, the old file stays."""
+        with open(self.path / f"{name}.tmp", "wb") as file:
+            file.write(contents)
+        os.replace(self.path / f"{name}.tmp", self.path / name)
+
+    def save(self) -> None:
+        """Writes checkpoint.pt: tensors only, so that loading it cannot run code."""
+        contents, counts = io.BytesIO(), [self.update, self.adam.steps, self.metrics.tell()]
+        torch.save({
+            "agent": self.agent.state_dict(), "moments": torch.stack([self.adam.moment1, self.adam.moment2]),
+            "counts": torch.tensor(counts), "returns": torch.tensor(self.returns, dtype=torch.float64),
+            "seconds": torch.tensor(self.seconds + time.time() - self.start), "rng": torch.get_rng_state(),
+        }, contents)  # fmt: skip
+        self.write("checkpoint.pt", contents.getvalue())
+
+    def log(self, global_step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl; not-a-number becomes null, for which JSON has a word."""
+        row = {"global_step": global_step, "wall_time": round(self.seconds + time.time() - self.start, 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = (json.dumps(row) + "\n").encode()
+        if self.metrics.write(line) < len(line):
+            raise OSError(f"no space left for {self.path / 'metrics.jsonl'}")
+        if self.wandb:
+            self.wandb.log(row)
+
+    def end_update(self, ends: list[tuple[int, EpisodeEnd]], values: dict[str, float]) -> None:
+        """Logs an update and the episodes that ended in it, shows progress, and saves a checkpoint when it is time."""
+        for step, end in ends:
+            self.returns = [*self.returns[-99:], float(end.episodic_return)]
+            row = {"charts/episodic_return": self.returns[-1], "charts/episodic_length": int(end.length)}
+            self.log(self.global_step + (step + 1) * self.args.num_envs, row)
+        self.update += 1
+        step, now = self.measured_from
+        values["charts/SPS"] = int((self.global_step - step) / (time.time() - now))
+        self.log(self.global_step, values)
+        with contextlib.suppress(Exception):  # as in say()
+            if not self.bar:  # speed is measured from the second update on, for the first one may have compiled
+                self.measured_from = self.global_step, time.time()
+                line, every = "{desc}: {n_fmt} of {total_fmt} steps, {rate_fmt}{postfix}, {remaining} left\n", 10
+                line, every = (None, 0.1) if sys.stderr.isatty() else (line, every)
+                self.bar = tqdm(total=self.args.num_updates * self.args.batch_size, initial=self.global_step,
+                                desc=self.args.env_id, unit=" steps", bar_format=line, mininterval=every)  # fmt: skip
+            self.bar.set_postfix_str(f"mean return {np.mean(self.returns or [math.nan]):.1f}", refresh=False)
+            self.bar.update(self.global_step - self.bar.n)
+        if self.update % self.args.checkpoint_interval == 0:
+            self.save()
+
+    def close(self) -> dict:
+        """Saves, ends progress bar and tracking, which gets the videos too; returns what train() does."""
+        self.save()
+        self.metrics.close()
+        with contextlib.suppress(Exception):
+            self.bar.close()
+        if self.wandb:
+            for video in sorted((self.path / "videos").glob("*.mp4")):
+                self.wandb.log({f"videos/{video.stem}": sys.modules["wandb"].Video(str(video))})
+            self.wandb.finish()
+        mean_return = float(np.mean(self.returns or [math.nan]))
+        return {"run_dir": str(self.path), "global_step": self.global_step, "episodic_return": mean_return}
+
+
+def evaluate(args: Args) -> list[float]:
+    """Plays eval_episodes episodes with a trained agent, prints and returns their returns."""
+    check_args(args)
+    args = replace(args, num_envs=1, num_steps=100)
+    path, returns = Path(args.evaluate).resolve(), []
+    envs = make_envs(args, path / "videos" if args.capture_video else None)
+    agent = Agent(envs.observation_space, envs.action_space, args).eval()
+    restore(path, agent)
+    torch.manual_seed(args.seed)
+    next_obs = envs.reset(args.seed)
+    while len(returns) < args.eval_episodes:
+        rollout = collect_rollout(agent, envs, next_obs, args, greedy=args.eval_deterministic)
+        next_obs = rollout.obs[-1]
+        for _, end in rollout.ends[: args.eval_episodes - len(returns)]:
+            returns.append(float(end.episodic_return))
+            say(f"episode {len(returns)} of {args.eval_episodes}: return {returns[-1]:.1f} after {end.length} steps")
+    envs.close()
+    print(f"{args.env_id}: return {np.mean(returns):.1f} +- {np.std(returns):.1f} over {len(returns)} episodes")
+    return returns
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line; with --resume or --evaluate the defaults are that run's settings."""
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, value in zip(argv, argv[1:]):
+        if value.lower() in ("true", "false") and isinstance(getattr(Args, flag[2:].replace("-", "_"), None), bool):
+            raise InputError(f"{flag} takes no value: it is {flag} or --no-{flag[2:]}")
+    # The parts of Args, as one object with a field for each, are what --help shows as groups.
+    parts = zip(("algorithm", "environment", "run"), Args.__bases__)
+    Groups = make_dataclass("Groups", parts, namespace={"__doc__": Args.__doc__})
+
+    def parse(default: Args) -> Args:
+        groups = Groups(*(part(**{f.name: getattr(default, f.name) for f in fields(part)}) for part in Args.__bases__))
+        groups = tyro.cli(Groups, args=argv, default=groups, config=(tyro.conf.OmitArgPrefixes,))
+        return Args(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+
+    args = parse(Args())
+    if args.resume is None and args.evaluate is None:
+        return args
+    if not (run_dir := args.resume or args.evaluate) or (args.resume and args.evaluate):
+        raise InputError("--resume or --evaluate, not both, needs a run directory")
+    try:
+        saved = json.loads((Path(run_dir) / "config.json").read_text())
+        for name, kind in typing.get_type_hints(Args).items():
+            value, kinds = saved[name], typing.get_args(kind) or (kind,)
+            if value not in kinds and type(value) not in kinds and not (type(value) is int and float in kinds):
+                raise ValueError(f"{name} is {value!r}")
+        saved = Args(**saved)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {one_line(error)}") from error
+    resumed = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))
+    if ":" in resumed.env_id and args.env_id != resumed.env_id:  # the directory may be somebody else's
+        raise InputError(f"to let {run_dir} import a module, repeat its --env-id {resumed.env_id}")
+    if args.resume and resumed.batch_size != saved.batch_size:
+        raise InputError("--num-envs x --num-steps cannot change with --resume: updates would not match steps")
+    return resumed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, also after a signal; 2 for bad input; 1 for other failures."""
+    sys.path.append(os.getcwd())  # where --env-id my_module:MyEnv may find my_module.py
+    SIGNALS.clear()
+    try:
+        args = parse_args(argv)
+        if args.evaluate:
+            evaluate(args)
+            return 0
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
+                signal.signal(number, on_signal)
+        result = train(args)
+        print("{run_dir}: {global_step} steps, mean return {episodic_return:.1f}".format(**result))
+        if result["global_step"] < args.num_updates * args.batch_size:
+            print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
+        return 0
+    except (InputError, FloatingPointError, OSError, torch._dynamo.exc.TorchDynamoException) as error:
+        # Those of the environment's own lines keep their traceback.
+        own = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+        if not own and isinstance(error, FloatingPointError | OSError):
+            raise
+        say(f"{SCRIPT}.py: error: {error if own else one_line(error)}")
+        return 2 if isinstance(error, InputError) else 1
+
+
+def on_signal(number: int, frame) -> None:
+    """Lets the training end after the present update. A second Ctrl-C kills it."""
+    SIGNALS.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
