@@ -61,11 +61,11 @@ SIGNALS = []  # those that came: training then ends after the present update
 class AlgorithmArgs:
     """How to learn."""
 
-    total_timesteps: float = 491_520  # places for tokens in all answers together, floored to whole rollouts [extra-11]
+    total_timesteps: float = 225_280  # places for tokens in all answers together, floored to whole rollouts [extra-11]
     learning_rate: float = 3e-4  # learning rate of the policy, at the start
     value_learning_rate: float = 1e-3  # learning rate of the value network, at the start
     num_envs: int = 256  # answers in one rollout
-    num_steps: int = 24  # the most tokens of an answer, its end included [llm-5]
+    num_steps: int = 22  # the most tokens of an answer, its end included [llm-5]
     anneal_lr: bool = True  # lower the learning rates linearly to 0 [core-4]
     advantage: Literal["gae", "group", "loo", "batch"] = "gae"  # PPO with a value network, GRPO, RLOO or REINFORCE
     group_size: int = 8  # answers to the same problem, with group, loo, and majority as the reward [llm-17]
@@ -166,9 +166,9 @@ class Count:
     """
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
-        """A letter and a word of 5 to 10 letters, in which it is frequent, so that all counts occur."""
+        """A letter and a word of 6 to 9 letters, in which it is frequent, so that all counts occur."""
         letter, share = rng.choice("abcdefgh"), 0.7 * rng.random()
-        word = (letter if rng.random() < share else rng.choice("abcdefgh") for _ in range(rng.randint(5, 10)))
+        word = (letter if rng.random() < share else rng.choice("abcdefgh") for _ in range(rng.randint(6, 9)))
         return letter, "".join(word)
 
     def prompt(self, problem: tuple[str, str]) -> str:
@@ -439,7 +439,7 @@ def judge(task, problems: list, answers: Answers, args: Args) -> tuple[torch.Ten
     texts, rewards = decode(answers.tokens), []
     for problem, text, truncated in zip(problems, texts, answers.truncated.tolist(), strict=True):
         # [llm-5] Nobody knows what a text without an end would have said.
-        reward = -args.truncation_penalty if truncated else task.reward(problem, text)
+        reward = 0.0 - args.truncation_penalty if truncated else task.reward(problem, text)
         if not isinstance(reward, bool | int | float | np.number):
             raise InputError(f"the task's reward for {text!r} is {reward!r:.60}, which is no number")
         rewards.append(float(reward))
