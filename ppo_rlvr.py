@@ -201,22 +201,18 @@ class Count:
 
 
 class Maximum:
-    """Which of these digits is the largest? The demonstrator mostly names any of them."""
+    """Which of these six digits is the largest? The demonstrator mostly names any of them."""
 
     def problem(self, rng: random.Random) -> str:
-        """Six digits."""
         return "".join(rng.choice("0123456789") for _ in range(6))
 
     def prompt(self, problem: str) -> str:
-        """What the model reads."""
         return f"max {problem}?"
 
     def demonstration(self, problem: str, rng: random.Random, progress: float) -> str:
-        """An answer to imitate."""
         return max(problem) if rng.random() < 0.2 else rng.choice(problem)
 
     def reward(self, problem: str, text: str) -> float:
-        """1 for the largest digit."""
         return float(text == max(problem))
 
 
@@ -224,20 +220,16 @@ class Addition:
     """The sum of two numbers of up to two digits. The demonstrator mostly forgets to carry."""
 
     def problem(self, rng: random.Random) -> tuple[int, int]:
-        """Two numbers."""
         return rng.randrange(100), rng.randrange(100)
 
     def prompt(self, problem: tuple[int, int]) -> str:
-        """What the model reads."""
         return "{}+{}=".format(*problem)
 
     def demonstration(self, problem: tuple[int, int], rng: random.Random, progress: float) -> str:
-        """An answer to imitate."""
         a, b = problem
         return str(a + b if rng.random() < 0.3 else (a // 10 + b // 10) * 10 + (a + b) % 10)
 
     def reward(self, problem: tuple[int, int], text: str) -> float:
-        """1 for the sum."""
         return float(text == str(sum(problem)))
 
 
@@ -715,6 +707,7 @@ def train(args: Args) -> dict:
     agent = Agent(args)
     if weights:
         agent.start_from(weights, args)
+    # [llm-19] [core-3] [extra-1] The work that PPO for language models goes back to used TensorFlow 1's Adam.
     adam = Adam(agent.to(device))
     base_rates = torch.full_like(adam.parameters, args.learning_rate)
     base_rates[sum(p.numel() for p in agent.policy.parameters()) :] = args.value_learning_rate
@@ -726,6 +719,8 @@ def train(args: Args) -> dict:
         # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
         remaining = 1 - update / args.num_updates if args.anneal_lr else 1
 
+        if update == args.value_warmup > 0:  # counting the policy's idle steps would make its first real ones too long
+            adam.steps, adam.moment1[:], adam.moment2[:] = 0, 0, 0
         # [llm-21] New problems, or at test time those of the test; which ones depends on nothing but seed and update.
         rng, number = random.Random(f"problems {args.seed} {update}"), args.num_envs // args.answers_per_problem
         if args.test_time == "off":
@@ -788,13 +783,16 @@ def train(args: Args) -> dict:
         # [llm-20] How far the sampler is from the learner, and how long answers get: what goes wrong shows here first.
         losses["losses/sampler_gap"] = (answers.log_probs - learner_log_probs)[mask].abs().mean().item()
         reward = rewards.mean().item()
-        values = {"charts/reward": reward, "charts/episodic_return": reward}  # the second name is CleanRL's
-        values |= {"charts/episodic_length": mask.sum(1).float().mean().item()}
-        values |= {"charts/truncated": answers.truncated.float().mean().item()}
-        values |= {"charts/learning_rate": args.learning_rate * remaining} | losses
+        metrics = {
+            "charts/reward": reward,
+            "charts/episodic_return": reward,  # CleanRL's name
+            "charts/episodic_length": mask.sum(1).float().mean().item(),
+            "charts/truncated": answers.truncated.float().mean().item(),
+            "charts/learning_rate": args.learning_rate * remaining,
+        } | losses
         tested = (update + 1) % args.eval_interval == 0 or update + 1 == args.num_updates
         result = test(agent.policy, task, tests, update + 1, args) if tested else None
-        run.end_update(values, f"{task.prompt(problems[0])} {texts[0]}", result)
+        run.end_update(metrics, f"{task.prompt(problems[0])} {texts[0]}", result)
         if SIGNALS:
             break
 
