@@ -432,7 +432,7 @@ def judge(task, problems: list, answers: Answers, args: Args) -> tuple[torch.Ten
     for problem, text, truncated in zip(problems, texts, answers.truncated.tolist(), strict=True):
         # [llm-5] Nobody knows what a text without an end would have said.
         reward = 0.0 - args.truncation_penalty if truncated else task.reward(problem, text)
-        if not isinstance(reward, bool | int | float | np.number):
+        if not isinstance(reward, bool | int | float | np.number | np.bool_):
             raise InputError(f"the task's reward for {text!r} is {reward!r:.60}, which is no number")
         rewards.append(float(reward))
     return torch.tensor(rewards), texts
@@ -1046,29 +1046,20 @@ class Run:
         return {"run_dir": str(self.path), "global_step": self.global_step, "greedy_accuracy": accuracy}
 
 
-def in_parts(task, problems: list, args: Args):
-    """Yields problems, in parts of num_envs, and their prompts as tokens and mask."""
-    for first in range(0, len(problems), args.num_envs):
-        part = problems[first : first + args.num_envs]
-        yield part, *make_prompts(task, part, args)
-
-
 def test(policy: Transformer, task, tests: list, update: int, args: Args) -> tuple[dict[str, float], str]:
     """Metrics of the policy on the test problems, and some greedy answers. Leaves training's random numbers alone."""
     generator, device = torch.Generator().manual_seed(args.seed * 1000003 + update), next(policy.parameters()).device
-    rewards, lengths, examples = {True: [], False: []}, [], []
-    for problems, *prompts in in_parts(task, tests, args):
-        for greedy in (True, False):
-            answers = generate(policy, *(tensor.to(device) for tensor in prompts), args, greedy, generator)
-            part, texts = judge(task, problems, answers, args)
-            rewards[greedy] += part.tolist()
-            if greedy:
-                lengths += answers.mask.sum(1).tolist()
-                examples += [f"{r:g} {task.prompt(p)} {t}\n" for r, p, t in zip(part.tolist(), problems, texts)]
-    greedy_right, sampled_right = (float(np.mean(np.array(rewards[greedy]) >= 1)) for greedy in (True, False))
-    values = {"eval/greedy_accuracy": greedy_right, "eval/pass_at_1": sampled_right}
-    values |= {"eval/reward": float(np.mean(rewards[True])), "eval/length": float(np.mean(lengths))}
-    return values, "".join(examples[:20])
+    prompts = [tensor.to(device) for tensor in make_prompts(task, tests, args)]
+    greedy, sampled = (generate(policy, *prompts, args, mode, generator) for mode in (True, False))
+    (rewards, texts), (sampled_rewards, _) = judge(task, tests, greedy, args), judge(task, tests, sampled, args)
+    values = {
+        "eval/greedy_accuracy": (rewards >= 1).float().mean().item(),
+        "eval/pass_at_1": (sampled_rewards >= 1).float().mean().item(),
+        "eval/reward": rewards.mean().item(),
+        "eval/length": greedy.mask.sum(1).float().mean().item(),
+    }
+    shown = zip(rewards[:20].tolist(), tests, texts)
+    return values, "".join(f"{reward:g} {task.prompt(problem)} {text}\n" for reward, problem, text in shown)
 
 
 @torch.no_grad()
@@ -1109,18 +1100,16 @@ def evaluate(args: Args) -> float:
     agent = Agent(args)
     restore(Path(args.evaluate).resolve(), agent)
     torch.manual_seed(args.seed)
-    rewards, tokens, count = [], 0, 1 if args.search == "greedy" else args.samples
-    for problems, prompts, prompt_mask in in_parts(task, tests, args):
-        if args.search == "guided":
-            tries = [guided_answers(agent, prompts, prompt_mask, args)]
-        else:
-            greedy = args.search == "greedy"
-            tries = [generate(agent.policy, prompts, prompt_mask, args, greedy) for _ in range(count)]
-        chosen = choose(agent, task, tries, args) if len(tries) > 1 else [0] * len(problems)
-        judged = [judge(task, problems, answers, args)[0].tolist() for answers in tries]
-        rewards += [judged[index][i] for i, index in enumerate(chosen)]
-        tokens += sum(answers.mask.sum().item() for answers in tries)
-    accuracy = float(np.mean(np.array(rewards) >= 1))
+    greedy, count = args.search == "greedy", 1 if args.search == "greedy" else args.samples
+    prompts = make_prompts(task, tests, args)
+    if args.search == "guided":
+        tries = [guided_answers(agent, *prompts, args)]
+    else:
+        tries = [generate(agent.policy, *prompts, args, greedy) for _ in range(count)]
+    chosen = choose(agent, task, tries, args) if len(tries) > 1 else [0] * len(tests)
+    rewards = torch.stack([judge(task, tests, answers, args)[0] for answers in tries])
+    accuracy = (rewards[chosen, range(len(tests))] >= 1).float().mean().item()
+    tokens = sum(answers.mask.sum().item() for answers in tries)
     print(f"{args.env_id}: accuracy {accuracy:.3f} on {len(tests)} test problems with --search {args.search} "
           f"--samples {count}, {tokens / len(tests):.1f} tokens for each")  # fmt: skip
     return accuracy
