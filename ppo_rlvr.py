@@ -110,7 +110,7 @@ class EnvironmentArgs:
     width: int = 64  # features of each token in the transformer
     layers: int = 2  # blocks of the transformer
     heads: int = 4  # attention heads of each block
-    pretrain_steps: int = 800  # gradient steps on demonstrations
+    pretrain_steps: int = 1000  # gradient steps on demonstrations
     pretrain_batch: int = 64  # demonstrations in each of them
     pretrain_lr: float = 3e-3  # their highest learning rate
     cache_dir: str = ".pretrained"  # where supervised starts are kept for the next run; empty: nowhere
