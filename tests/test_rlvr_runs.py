@@ -82,6 +82,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("updates", [0, 3])
 def test_kill_and_resume_gives_the_same_numbers(variant, updates):
@@ -169,6 +170,7 @@ def test_test_time_trains_on_the_test_problems(mode, monkeypatch):
 # ---- the supervised start
 
 
+@pytest.mark.slow
 def test_cache_is_used_and_depends_on_the_settings(monkeypatch):
     counts, pretrain = [], rlvr.pretrain
     monkeypatch.setattr(rlvr, "pretrain", lambda *args: (counts.append(1), pretrain(*args))[1])
@@ -377,3 +379,27 @@ def test_an_edited_copy_runs(tmp_path):
     result = run(["my_ppo.py", *FLAGS], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "sort__my_ppo__1" in result.stdout
+
+
+class ShortCount(rlvr.Count):
+    """Words of three or four letters."""
+
+    def problem(self, rng):
+        letter, share = rng.choice("abcd"), 0.7 * rng.random()
+        word = (letter if rng.random() < share else rng.choice("abcd") for _ in range(rng.randint(3, 4)))
+        return letter, "".join(word)
+
+
+@pytest.mark.slow
+def test_learns_to_count(monkeypatch):
+    """Greedy accuracy of 0.8 or more on problems that were never trained on; the supervised start has 0.4 to 0.58.
+
+    Of the seeds 1 to 6 all got there: to 0.875 to 0.98 on kernels for AVX-512, and those from 1 to 5 to 0.92 to 0.98 on
+    kernels for AVX2.
+    """
+    monkeypatch.setitem(rlvr.TASKS, "count", ShortCount)
+    args = rlvr.Args(num_steps=11, max_prompt=8, width=32, num_test=200, pretrain_steps=400, pretrain_batch=64,
+                     num_envs=128, total_timesteps=25 * 128 * 11, cache_dir="")  # fmt: skip
+    result = rlvr.train(args)
+    start = rows_of(result["run_dir"])[0]["eval/greedy_accuracy"]
+    assert start < 0.6 and result["greedy_accuracy"] >= 0.8
