@@ -1053,8 +1053,8 @@ def test(policy: Transformer, task, tests: list, update: int, args: Args) -> tup
     greedy, sampled = (generate(policy, *prompts, args, mode, generator) for mode in (True, False))
     (rewards, texts), (sampled_rewards, _) = judge(task, tests, greedy, args), judge(task, tests, sampled, args)
     values = {
-        "eval/greedy_accuracy": (rewards >= 1).float().mean().item(),
-        "eval/pass_at_1": (sampled_rewards >= 1).float().mean().item(),
+        "eval/greedy_accuracy": (rewards >= 1).double().mean().item(),
+        "eval/pass_at_1": (sampled_rewards >= 1).double().mean().item(),
         "eval/reward": rewards.mean().item(),
         "eval/length": greedy.mask.sum(1).float().mean().item(),
     }
@@ -1108,7 +1108,7 @@ def evaluate(args: Args) -> float:
         tries = [generate(agent.policy, *prompts, args, greedy) for _ in range(count)]
     chosen = choose(agent, task, tries, args) if len(tries) > 1 else [0] * len(tests)
     rewards = torch.stack([judge(task, tests, answers, args)[0] for answers in tries])
-    accuracy = (rewards[chosen, range(len(tests))] >= 1).float().mean().item()
+    accuracy = (rewards[chosen, range(len(tests))] >= 1).double().mean().item()
     tokens = sum(answers.mask.sum().item() for answers in tries)
     print(f"{args.env_id}: accuracy {accuracy:.3f} on {len(tests)} test problems with --search {args.search} "
           f"--samples {count}, {tokens / len(tests):.1f} tokens for each")  # fmt: skip
