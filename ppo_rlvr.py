@@ -143,12 +143,12 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
 
     @property
     def batch_size(self) -> int:
-        """Samples in one rollout."""
+        """Places for tokens in one rollout, few of which are filled at first."""
         return self.num_envs * self.num_steps
 
     @property
     def num_updates(self) -> int:
-        """[extra-11] Only whole rollouts count: 500,000 steps are 976 updates, 499,712 steps."""
+        """[extra-11] Only whole rollouts count: 225,280 places are 40 updates of 256 answers of 22 tokens."""
         return int(self.total_timesteps // self.batch_size)
 
     @property
@@ -856,10 +856,10 @@ def make_task(args: Args) -> tuple:
     """The task and its test problems, the same for all seeds; raises InputError for settings that cannot work."""
     check_args(args)
     module, _, name = args.env_id.rpartition(":")
+    if not module and name not in TASKS:
+        raise InputError(f"there is no task {name}: it is {', '.join(TASKS)} or module:Class")
     try:
         task = getattr(importlib.import_module(module), name)() if module else TASKS[name]()
-    except KeyError:
-        raise InputError(f"there is no task {name}: it is {', '.join(TASKS)} or module:Class") from None
     except Exception as error:
         raise InputError(f"cannot make {args.env_id}: {one_line(error)}") from error
     if missing := [method for method in ("problem", "prompt", "reward") if not hasattr(task, method)]:
@@ -892,7 +892,7 @@ def supervised_start(task, excluded: set[str], args: Args) -> dict[str, torch.Te
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(weights, path.with_suffix(f".{os.getpid()}"))
             os.replace(path.with_suffix(f".{os.getpid()}"), path)  # others never see half a file
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the second one is what torch makes of a full disk
             say(f"the supervised start is not kept: {error}")
     return weights
 

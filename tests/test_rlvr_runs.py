@@ -248,6 +248,10 @@ class Broken(Echo):
     def __init__(self):
         raise RuntimeError("the data\\nis missing")
 
+class Keyless(Echo):
+    def __init__(self):
+        {}["words"]
+
 class LaterNan(Echo):
     calls = 0
     def reward(self, problem, text):
@@ -274,6 +278,7 @@ BAD = {
     "unknown module": ("--env-id no_such_module:Task", "no_such_module"),
     "unknown class": ("--env-id odd_tasks:Nothing", "Nothing"),
     "broken task": ("--env-id odd_tasks:Broken", "the data is missing"),
+    "task that lacks a key": ("--env-id odd_tasks:Keyless", "KeyError: 'words'"),
     "no reward": ("--env-id odd_tasks:NoReward", "no reward"),
     "no demonstrations": ("--env-id odd_tasks:Mute", "demonstration"),
     "reward is nan": ("--env-id odd_tasks:Nan", "not finite"),

@@ -86,7 +86,7 @@ def drift(base: str, other: str, shared: list[str], allowed: dict[str, str]) -> 
 
 
 # Of ppo_rlvr.py: it has no environments and plays nothing.
-RLVR_SHARED = ["Args.batch_size", "Args.num_updates", "log_probabilities", "compute_gae", "policy_change", "Adam",
+RLVR_SHARED = ["log_probabilities", "compute_gae", "policy_change", "Adam",
                "Adam.__init__", "Adam.coefficients", "Adam.step"]  # fmt: skip
 RLVR_DIFFERENCES = {
     "check_args": "other settings",
