@@ -15,7 +15,7 @@ first trained on demonstrations, most of which are wrong, and then improves by P
 becomes GRPO, RLOO or REINFORCE. A tag such as [llm-3] stands where a detail happens that makes PPO work for language
 models; [core-N] and [extra-N] are those of ppo.py. docs/llm.md lists the former with their sources.
 
-    python ppo_rlvr.py                          count letters: greedy accuracy above 0.95 in two minutes, from 0.2 or 0.3
+    python ppo_rlvr.py                          count letters: greedy accuracy above 0.95, from 0.2, in two minutes
     python ppo_rlvr.py --advantage group        the same without a value network: GRPO
     python ppo_rlvr.py --env-id my_tasks:Sort   a task of your own, a class like Count below
 
