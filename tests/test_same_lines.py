@@ -138,6 +138,31 @@ def test_siblings_differ_where_they_must(pair):
     assert {name for name in one.keys() & other.keys() if one[name] != other[name]} == SIBLINGS[pair]
 
 
+# Of ppo_rlvr.py: it has no environments and plays nothing.
+RLVR_SHARED = ["log_probabilities", "compute_gae", "policy_change", "Adam",
+               "Adam.__init__", "Adam.coefficients", "Adam.step"]  # fmt: skip
+RLVR_DIFFERENCES = {
+    "check_args": "other settings",
+    "compiled": "nothing is compiled",
+    "reported": "no environments",
+    "make_env": "no environments",
+    "SafeRecordVideo": "no videos",
+    "SafeRecordVideo._attempt": "no videos",
+    "SafeRecordVideo._capture_frame": "no videos",
+    "SafeRecordVideo.stop_recording": "no videos",
+    "Run.end_update": "no episodes that end at different steps, but tests and answers to show",
+    "Run.close": "no videos, and another result",
+    "evaluate": "it searches for answers",
+    "parse_args": "no videos",
+    "main": "another result, and nothing is compiled",
+}
+
+
+def test_the_language_model_script_shares_what_it_can():
+    base, other = (ROOT / BASE).read_text(), (ROOT / "ppo_rlvr.py").read_text()
+    assert drift(base, other, RLVR_SHARED, RLVR_DIFFERENCES) == []
+
+
 @pytest.mark.parametrize("script", DIFFERENCES)
 def test_shared_definitions_are_the_same(script):
     base, other = (ROOT / BASE).read_text(), (ROOT / script).read_text()
