@@ -3,6 +3,7 @@
 The helpers are those of the other scripts' tests; what stands in the same lines there is proven there.
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -61,6 +62,12 @@ def script(request):
     if request.param is pool:
         pytest.importorskip("envpool")
     return request.param
+
+
+@pytest.fixture
+def one_script():
+    """Either of the scripts, for what they do in the same lines (test_same_lines.py)."""
+    return pool if importlib.util.find_spec("envpool") else ppo_atari
 
 
 def small(updates: int, script=ppo_atari, **changed):
@@ -159,9 +166,9 @@ class Background:
         return self.process.returncode, out, err
 
 
-def test_kill_and_resume(script):
+def test_kill_and_resume(one_script):
     """A run killed at any moment goes on from its last checkpoint and ends as long as it was meant to be."""
-    background = Background(script, small(20, script, checkpoint_interval=3))
+    background = Background(one_script, small(20, one_script, checkpoint_interval=3))
     path = background.wait_for_update(7)
     code, _, _ = background.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -170,7 +177,7 @@ def test_kill_and_resume(script):
     assert 0 <= reached - saved <= 3 and reached < 20
     assert checkpoint(path)["gradient_steps"] == saved * 2
     before = (path / "metrics.jsonl").read_bytes()[: checkpoint(path)["metrics_bytes"]]
-    assert script.main(["--resume", str(path)]) == 0
+    assert one_script.main(["--resume", str(path)]) == 0
     assert (path / "metrics.jsonl").read_bytes().startswith(before)
     assert update_steps(path) == list(range(1, 21))
     rows = metrics(path)
@@ -180,10 +187,10 @@ def test_kill_and_resume(script):
     assert (checkpoint(path)["update"], checkpoint(path)["gradient_steps"]) == (20, 40)
 
 
-def test_killed_before_the_first_checkpoint(monkeypatch, script):
+def test_killed_before_the_first_checkpoint(monkeypatch, one_script):
     """Then all is done again, and to the last bit as if nothing had happened."""
-    whole = train(small(4, script, runs_dir="whole"))
-    original = script.Run.end_update
+    whole = train(small(4, one_script, runs_dir="whole"))
+    original = one_script.Run.end_update
 
     def end_update(run, *given):
         original(run, *given)
@@ -191,13 +198,13 @@ def test_killed_before_the_first_checkpoint(monkeypatch, script):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "end_update", end_update)
+        patch.setattr(one_script.Run, "end_update", end_update)
         with pytest.raises(Killed):
-            script.train(small(4, script, runs_dir="killed"))
+            one_script.train(small(4, one_script, runs_dir="killed"))
     (path,) = Path("killed").iterdir()
     assert checkpoint(path)["update"] == 0
     assert update_steps(path) == [1, 2]
-    assert script.main(["--resume", str(path)]) == 0
+    assert one_script.main(["--resume", str(path)]) == 0
     assert without_clock(path) == without_clock(whole)
     assert_same_agent(checkpoint(path)["agent"], checkpoint(whole)["agent"])
 
@@ -251,11 +258,11 @@ def test_resume_goes_on_with_other_games(monkeypatch, script):
     assert rates[2] == pytest.approx(2.5e-4 * 0.6)  # the schedule is the longer run's
 
 
-def test_resuming_a_finished_run_changes_nothing(capfd, script):
-    path = train(small(2, script))
+def test_resuming_a_finished_run_changes_nothing(capfd, one_script):
+    path = train(small(2, one_script))
     before, state = files(path), checkpoint(path)
     capfd.readouterr()
-    assert script.main(["--resume", str(path)]) == 0
+    assert one_script.main(["--resume", str(path)]) == 0
     output = capfd.readouterr()
     assert output.out == f"{path}: 32 steps, mean return 0.0\n"
     assert problems(output.err) == []
@@ -266,9 +273,9 @@ def test_resuming_a_finished_run_changes_nothing(capfd, script):
     assert_same_agent(checkpoint(path)["agent"], state["agent"])
 
 
-def test_signals(script):
+def test_signals(one_script):
     """The update is finished, a checkpoint written, and what to do said; going on works."""
-    background = Background(script, small(3000, script, checkpoint_interval=1000))
+    background = Background(one_script, small(3000, one_script, checkpoint_interval=1000))
     path = background.wait_for_update(4)
     code, out, err = background.end(signal.SIGTERM)
     assert (code, problems(err)) == (0, [])
@@ -278,10 +285,10 @@ def test_signals(script):
     assert checkpoint(path)["metrics_bytes"] == (path / "metrics.jsonl").stat().st_size
     lines = out.splitlines()
     assert lines[0].startswith(f"{path.resolve()}: {stopped_at * BATCH} steps, mean return ")
-    name = Path(script.__file__).name
+    name = Path(one_script.__file__).name
     assert lines[1:] == [f"stopped by a signal; go on with: python {name} --resume {path.resolve()}"]
     more = str((stopped_at + 2) * BATCH)
-    assert script.main(["--resume", str(path), "--total-timesteps", more]) == 0
+    assert one_script.main(["--resume", str(path), "--total-timesteps", more]) == 0
     assert update_steps(path) == list(range(1, stopped_at + 3))
 
 
@@ -319,11 +326,11 @@ def test_evaluate(capfd, script):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_evaluate_takes_the_actions_asked_for(greedy, script, monkeypatch):
+def test_evaluate_takes_the_actions_asked_for(greedy, one_script, monkeypatch):
     """Samples of the policy, or its most probable action: with actions nearly alike that shows."""
-    path = train(small(1, script))
+    path = train(small(1, one_script))
     prefer(path, 2, 0.1)
-    taken, make_envs = [], script.make_envs
+    taken, make_envs = [], one_script.make_envs
 
     def make_and_watch(*inputs):
         envs = make_envs(*inputs)
@@ -331,9 +338,9 @@ def test_evaluate_takes_the_actions_asked_for(greedy, script, monkeypatch):
         envs.step = lambda actions: taken.append(int(actions[0])) or step(actions)
         return envs
 
-    monkeypatch.setattr(script, "make_envs", make_and_watch)
+    monkeypatch.setattr(one_script, "make_envs", make_and_watch)
     line = ["--evaluate", str(path), "--eval-episodes", "1", *["--eval-deterministic"] * greedy]
-    script.evaluate(script.parse_args(line))
+    one_script.evaluate(one_script.parse_args(line))
     assert len(taken) == 100 and (set(taken) == {2}) == greedy
 
 
@@ -371,11 +378,11 @@ def test_evaluate_sees_what_the_training_sees(monkeypatch, capfd, frame_stack):
     assert capfd.readouterr().out == said
 
 
-def test_evaluate_whatever_the_sizes_of_the_training(capfd, script):
+def test_evaluate_whatever_the_sizes_of_the_training(capfd, one_script):
     """One environment is played in; that a rollout of it could not be cut into minibatches matters to nobody."""
-    path = train(small(1, script, num_envs=4, num_steps=2, num_minibatches=4))
+    path = train(small(1, one_script, num_envs=4, num_steps=2, num_minibatches=4))
     capfd.readouterr()
-    assert script.main(["--evaluate", str(path), "--eval-episodes", "1"]) == 0
+    assert one_script.main(["--evaluate", str(path), "--eval-episodes", "1"]) == 0
     assert problems(capfd.readouterr().err) == []
 
 
@@ -552,10 +559,10 @@ def test_run_directory_of_another_script(capfd):
         assert "is not a run directory of ppo_atari.py" in refusal([flag, path], capfd, ppo_atari)
 
 
-def test_one_line_on_stderr(script):
+def test_one_line_on_stderr(one_script):
     """Also with all that Python and the emulator print of themselves, and the exit code is the shell's."""
     before = listing(Path.cwd())
-    done = run_script(Path(script.__file__), "--env-id", "Breakot")
+    done = run_script(Path(one_script.__file__), "--env-id", "Breakot")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"ppo_atari\w*\.py: error: .*Breakout.*\n", done.stderr)
     assert listing(Path.cwd()) == before
@@ -568,16 +575,16 @@ def test_without_envpool(capfd, monkeypatch):
     assert said in refusal(flags(small(2, pool)), capfd, pool)
 
 
-def test_training_that_diverges(capfd, script):
+def test_training_that_diverges(capfd, one_script):
     """A learning rate without sense: exit code 1, one line that names the update, and a checkpoint of use."""
-    args = small(3, script, learning_rate=2e9, max_grad_norm=1e9)
-    assert script.main(flags(args)) == 1
+    args = small(3, one_script, learning_rate=2e9, max_grad_norm=1e9)
+    assert one_script.main(flags(args)) == 1
     (path,) = Path("runs").iterdir()
     (line,) = problems(capfd.readouterr().err)
     said = r"ppo_atari\w*\.py: error: in update \d, .* is not finite.*; the last checkpoint in (.*) is good"
     assert re.fullmatch(said, line)[1] == str(path.resolve())
     assert all(tensor.isfinite().all() for tensor in checkpoint(path)["agent"].values())
-    assert script.main(["--resume", str(path), "--learning-rate", "1e-4"]) == 0
+    assert one_script.main(["--resume", str(path), "--learning-rate", "1e-4"]) == 0
     assert update_steps(path) == [1, 2, 3]
 
 
