@@ -63,11 +63,11 @@ SIGNALS = []  # those that came: training then ends after the present update
 class AlgorithmArgs:
     """How to learn."""
 
-    total_timesteps: float = 245_760  # places for tokens in all answers together, floored to whole rollouts [extra-11]
-    learning_rate: float = 3e-4  # learning rate of the policy, at the start
+    total_timesteps: float = 138_240  # places for tokens in all answers together, floored to whole rollouts [extra-11]
+    learning_rate: float = 4e-4  # learning rate of the policy, at the start
     value_learning_rate: float = 1e-3  # learning rate of the value network, at the start
     num_envs: int = 128  # answers in one rollout
-    num_steps: int = 32  # the most tokens of an answer, its end included [llm-5]
+    num_steps: int = 24  # the most tokens of an answer, its end included [llm-5]
     anneal_lr: bool = True  # lower the learning rates linearly to 0 [core-4]
     kl_coef: float = 0.05  # weight of the divergence from the supervised start, at the start if it adapts [llm-8]
     kl_in: Literal["reward", "loss"] = "reward"  # where it counts: each token's reward (k1), or the loss (k3) [llm-8]
@@ -109,7 +109,7 @@ class EnvironmentArgs:
     width: int = 64  # features of each token in the transformer
     layers: int = 2  # blocks of the transformer
     heads: int = 4  # attention heads of each block
-    pretrain_steps: int = 500  # gradient steps on demonstrations
+    pretrain_steps: int = 400  # gradient steps on demonstrations
     pretrain_batch: int = 64  # demonstrations in each of them
     pretrain_lr: float = 3e-3  # their highest learning rate
     num_pairs: int = 1000  # compared pairs of answers that the reward model learns from [llm-22]
@@ -153,7 +153,7 @@ class Args(AlgorithmArgs, EnvironmentArgs, RunArgs):
 
     @property
     def num_updates(self) -> int:
-        """[extra-11] Only whole rollouts count: 245,760 places are 60 updates of 128 answers of 32 tokens."""
+        """[extra-11] Only whole rollouts count: 138,240 places are 45 updates of 128 answers of 24 tokens."""
         return int(self.total_timesteps // self.batch_size)
 
 
@@ -436,9 +436,11 @@ def bradley_terry_loss(margin: torch.Tensor, preferred: torch.Tensor) -> torch.T
     return F.binary_cross_entropy_with_logits(margin, preferred)
 
 
-def margins(reward_model: Transformer, pairs: Pairs) -> torch.Tensor:
-    """How much higher the reward model scores the first answers [N] than the second ones."""
-    return proxy_scores(reward_model, pairs.first) - proxy_scores(reward_model, pairs.second)
+def margins(reward_model: Transformer, pairs: Pairs, order: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """How much higher the reward model scores the first answers than the second ones, of all pairs or some."""
+    some = ([None if tensor is None else tensor[order] for tensor in answers] for answers in pairs[:2])
+    first, second = (proxy_scores(reward_model, Answers(*tensors)) for tensors in some)
+    return first - second
 
 
 def calibration_error(probability: torch.Tensor, preferred: torch.Tensor, bins: int = 10) -> float:
@@ -449,59 +451,54 @@ def calibration_error(probability: torch.Tensor, preferred: torch.Tensor, bins: 
 
 
 def train_reward_model(task, policy: Transformer, excluded: set[str], args: Args) -> dict[str, torch.Tensor]:
-    """The weights of a reward model for answers of this policy, and as "facts" how good it is."""
+    """The weights of a reward model for answers of this policy, and metrics that say how good it is."""
     torch.manual_seed(args.seed)
     rng, reward_model = random.Random(f"pairs {args.seed}"), Transformer(1, args)
-    # [llm-24] The policy's features know the language; a few hundred comparisons could not teach that. The head is
-    # small enough for the first scores to have a deviation of 1 at most.
+    # [llm-24] The policy's features know the language, which so few comparisons could not teach. With this head the
+    # first scores have a deviation of about 1.
     if args.reward_from_policy:
         weights = {name: weight for name, weight in policy.state_dict().items() if "head" not in name}
         reward_model.load_state_dict(weights, strict=False)
     nn.init.normal_(reward_model.head.weight, std=1 / math.sqrt(args.width + 1))
     pairs, heldout = (compare(task, policy, excluded, n, rng, args) for n in (args.num_pairs, args.num_heldout_pairs))
     optimizer = torch.optim.AdamW(reward_model.parameters(), weight_decay=0.01)
-    minibatches = [
-        part for _ in range(args.reward_epochs) for part in torch.randperm(args.num_pairs).split(args.reward_batch)
-    ]
+    orders = [torch.randperm(args.num_pairs).split(args.reward_batch) for _ in range(args.reward_epochs)]
+    minibatches = [order for epoch in orders for order in epoch]
     for step, order in enumerate(minibatches):
         optimizer.param_groups[0]["lr"] = args.reward_lr * (1 - step / len(minibatches))
-        some = Pairs(*(pick(answers, order) for answers in pairs[:2]), pairs.preferred[order], pairs.truth[order])
-        loss = bradley_terry_loss(margins(reward_model, some), some.preferred)
+        loss = bradley_terry_loss(margins(reward_model, pairs, order), pairs.preferred[order])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        margin, trained = margins(reward_model, heldout), margins(reward_model, pairs)
-        facts = [
-            bradley_terry_loss(margin, heldout.preferred),
-            ((margin > 0) == (heldout.preferred > 0)).float().mean(),
-            ((trained > 0) == (pairs.preferred > 0)).float().mean(),
-            ((heldout.truth > 0) == (heldout.preferred > 0))[heldout.truth != 0].float().mean(),
-            ((margin > 0) == (heldout.truth > 0))[heldout.truth != 0].float().mean(),
-            torch.tensor(calibration_error(margin.sigmoid(), heldout.preferred)),
-        ]
+        facts = {"training_accuracy": agreement(margins(reward_model, pairs), pairs.preferred - 0.5)}
+        margin, label, truth = margins(reward_model, heldout), heldout.preferred - 0.5, heldout.truth
+        facts |= {
+            "heldout_loss": bradley_terry_loss(margin, heldout.preferred).item(),
+            "heldout_accuracy": agreement(margin, label),
+            "calibration_error": calibration_error(margin.sigmoid(), heldout.preferred),
+            "true_accuracy": agreement(margin, truth),
+            "label_accuracy": agreement(label, truth),  # as good as it gets for the held-out one
+        }
         if args.scale_reward:
             scale(reward_model, proxy_scores(reward_model, heldout.first))
-    return reward_model.state_dict() | {"facts": torch.stack(facts)}
+    return reward_model.state_dict() | {f"reward_model/{name}": torch.tensor(fact) for name, fact in facts.items()}
 
 
-FACTS = ("loss", "heldout_accuracy", "training_accuracy", "label_accuracy", "true_accuracy", "calibration_error")
+def agreement(differences: torch.Tensor, others: torch.Tensor) -> float:
+    """The share of differences [N] that have the sign of the others [N], where those are not 0."""
+    return (differences.sign() == others.sign())[others != 0].float().mean().item()
 
 
 def scale(reward_model: Transformer, scores: torch.Tensor) -> None:
     """Changes the reward model's last layers so that what it gives these scores [N] has mean 0 and deviation 1."""
     # [llm-25] Differences of scores have no unit, and comparisons leave their mean open. Scaled, a coefficient of the
     # penalty means the same for every reward model, and the value network has a small range to learn.
-    head, gain = reward_model.head.weight, 1 / scores.std()
+    head, gain = reward_model.head.weight, 1 / scores.std().clamp(min=1e-6)
     head *= gain
     # Without a bias in the head: what the last normalization adds along the head shifts the output.
     reward_model.norm.bias -= gain * scores.mean() * head[0] / head.square().sum()
-
-
-def pick(answers: Answers, order: torch.Tensor) -> Answers:
-    """Some of the answers."""
-    return Answers(*(None if tensor is None else tensor[order] for tensor in answers))
 
 
 def token_rewards(rewards: torch.Tensor, mask: torch.Tensor, log_ratio: torch.Tensor, args: Args) -> torch.Tensor:
@@ -917,7 +914,7 @@ def make_starts(task, excluded: set[str], args: Args) -> tuple[dict, dict, dict[
     policy.load_state_dict(cached(lambda: pretrain(task, excluded, args), (), task, args))
     more = tuple(names[names.index("num_pairs") : names.index("cache_dir")]) + ("temperature",)
     reward_model = cached(lambda: train_reward_model(task, policy, excluded, args), more, task, args)
-    facts = {f"reward_model/{name}": value for name, value in zip(FACTS, reward_model.pop("facts").tolist())}
+    facts = {name: reward_model.pop(name).item() for name in [*reward_model] if "/" in name}
     return policy.state_dict(), reward_model, facts
 
 
