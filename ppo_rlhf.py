@@ -12,14 +12,15 @@
 
 A small transformer learns from demonstrations. Pairs of its answers are compared by somebody who sometimes errs, and a
 reward model learns to predict these comparisons. PPO then raises what the reward model says: the proxy. What it stands
-for, the true score, is known to the experiment and never to PPO. With a small penalty on the distance from the
-supervised start, the proxy rises while the true score falls: over-optimization (Gao et al. 2022, arXiv:2210.10760).
-A tag such as [llm-23] stands where a detail happens that makes this work; docs/llm.md lists them with their sources.
+for, the true score, is known to the experiment and never to PPO. Without a penalty on the distance from the supervised
+start, the proxy rises while the true score falls: over-optimization (Gao et al. 2022, arXiv:2210.10760). A tag such as
+[llm-23] stands where a detail happens that makes this work; [core-N] and [extra-N] are those of ppo.py. docs/llm.md
+lists the former with their sources.
 
-    python ppo_rlhf.py                             greetings: proxy and true score rise
-    python ppo_rlhf.py --kl-coef 0.001             hardly any penalty: the proxy rises further, the true score falls
-    python ppo_rlhf.py --evaluate RUN --best-of 16 the best of 16 answers of the supervised start, by the proxy
-    python ppo_rlhf.py --env-id my_texts:Poem      a task of your own, a class like Greeting below
+    python ppo_rlhf.py                              greetings, in a minute: proxy and true score rise
+    python ppo_rlhf.py --kl-coef 0                  no penalty: the proxy rises further, and the true score falls
+    python ppo_rlhf.py --evaluate RUN --best-of 16  the best of 16 answers of the supervised start, by the proxy
+    python ppo_rlhf.py --env-id my_texts:Poem       a task of your own, a class like Greeting below
 
 train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
 """
@@ -69,11 +70,11 @@ class AlgorithmArgs:
     num_envs: int = 128  # answers in one rollout
     num_steps: int = 24  # the most tokens of an answer, its end included [llm-5]
     anneal_lr: bool = True  # lower the learning rates linearly to 0 [core-4]
-    kl_coef: float = 0.05  # weight of the divergence from the supervised start, at the start if it adapts [llm-8]
+    kl_coef: float = 0.2  # weight of the divergence from the supervised start, at the start if it adapts [llm-8]
     kl_in: Literal["reward", "loss"] = "reward"  # where it counts: each token's reward (k1), or the loss (k3) [llm-8]
-    adaptive_kl: bool = False  # change the weight until the divergence is as wanted; off: it stays [llm-27]
-    target_kl_reference: float = 6.0  # the divergence of an answer that is wanted then [llm-27]
-    kl_horizon: float = 2000.0  # answers in which the weight changes by a fifth at most [llm-27]
+    adaptive_kl: bool = False  # change the weight until the divergence is as wanted; off: it stays [llm-28]
+    target_kl_reference: float = 4.0  # the divergence of an answer that is wanted then [llm-28]
+    kl_horizon: float = 500.0  # answers in which the weight changes by a fifth at most [llm-28]
     truncated_score: float = -1.0  # an answer without an end gets this, whatever the reward model says [llm-26]
     gamma: float = 1.0  # discount factor of gae, 0 to 1 [llm-1]
     gae_lambda: float = 0.95  # GAE: from 0 (one-step TD error) to 1 (the answer's reward) [llm-1]
@@ -81,7 +82,7 @@ class AlgorithmArgs:
     update_epochs: int = 2  # passes over the rollout in one update [core-6]
     temperature: float = 1.0  # of the sampler, and of the probabilities that are learned [llm-6]
     learner_log_probs: bool = True  # old log-probabilities from the learner; off: the sampler's [llm-7]
-    value_from_reward_model: bool = True  # the value network starts as the reward model; off: at random [llm-28]
+    value_from_reward_model: bool = True  # the value network starts as the reward model; off: at random [llm-29]
     whiten_rewards: bool = False  # divide the tokens' rewards by their deviation, and keep their mean [llm-12]
     norm_adv: bool = True  # normalize the advantages of all tokens [llm-13]
     loss_mean: Literal["token", "sequence", "constant"] = "token"  # what the loss is a mean over [llm-14]
@@ -118,8 +119,8 @@ class EnvironmentArgs:
     reward_epochs: int = 3  # passes over the pairs
     reward_batch: int = 50  # pairs in each gradient step
     reward_lr: float = 1e-3  # their highest learning rate
-    reward_from_policy: bool = True  # the reward model starts as the supervised policy; off: at random [llm-24]
-    scale_reward: bool = True  # give the proxy mean 0 and deviation 1 on answers of the supervised start [llm-25]
+    reward_from_policy: bool = True  # the reward model starts as the supervised policy; off: at random [llm-25]
+    scale_reward: bool = True  # give the proxy mean 0 and deviation 1 on answers of the supervised start [llm-27]
     cache_dir: str = ".pretrained"  # where supervised starts and reward models are kept; empty: nowhere
 
 
@@ -139,7 +140,7 @@ class RunArgs:
     eval_interval: int = 5  # updates between two tests
     resume: str | None = None  # go on with the run in this directory, with its settings (flags given beside it win)
     evaluate: str | None = None  # test the model in this run directory instead of training
-    best_of: int = 0  # with --evaluate, test the supervised start's best of so many answers; 0: the policy [llm-29]
+    best_of: int = 0  # with --evaluate, test the supervised start's best of so many answers; 0: the policy [llm-30]
 
 
 @dataclass
@@ -300,6 +301,17 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+# What is logged of a reward model. Labels are what was said of a pair, the truth is what should have been said.
+FACTS = (
+    "heldout_loss",  # on pairs that it has not learned from
+    "heldout_accuracy",  # how often it agrees with their labels
+    "training_accuracy",  # the same for pairs that it has learned from
+    "true_accuracy",  # how often it agrees with the truth
+    "label_accuracy",  # how often the labels do: what heldout_accuracy can reach
+    "calibration_error",  # how far its probabilities are from the labels' frequencies
+)
+
+
 class Agent(nn.Module):
     """The policy, a value network, and two frozen networks: the policy's start, and the reward model."""
 
@@ -309,16 +321,19 @@ class Agent(nn.Module):
         self.reference, self.reward_model = Transformer(len(CHARACTERS), args), Transformer(1, args)
         self.reference.requires_grad_(False)
         self.reward_model.requires_grad_(False)
-        # The penalty's weight if it adapts: as a buffer it is part of the checkpoint.
+        # The penalty's weight if it adapts, and what is known of the reward model: buffers are in the checkpoint.
         self.register_buffer("kl_coef", torch.tensor(args.kl_coef, dtype=torch.float64))
+        self.register_buffer("facts", torch.zeros(len(FACTS), dtype=torch.float64))
 
     def start_from(self, policy: dict[str, torch.Tensor], reward_model: dict[str, torch.Tensor], args: Args) -> None:
-        """Starts from the weights of a supervised policy and of a reward model."""
+        """Starts from the weights of a supervised policy and of a reward model with its facts."""
+        self.facts.copy_(reward_model["facts"])
+        reward_model = {name: weight for name, weight in reward_model.items() if name != "facts"}
         self.policy.load_state_dict(policy)
         self.reference.load_state_dict(policy)
         self.reward_model.load_state_dict(reward_model)
         if args.value_from_reward_model:
-            # [llm-28] What the reward model says of the whole answer, the value network should say before: its features
+            # [llm-29] What the reward model says of the whole answer, the value network should say before: its features
             # are the right ones, and so is the scale of its output.
             self.critic.load_state_dict(reward_model)
 
@@ -389,11 +404,18 @@ def up_to_end(tokens: torch.Tensor) -> torch.Tensor:
     return ends.cumsum(1) - ends.long() == 0
 
 
-def proxy_scores(reward_model: Transformer, answers) -> torch.Tensor:
-    """What the reward model says of Answers [B]."""
-    # [llm-3] It reads the whole answer, so that only its output at the last real token is a judgement.
+def judge(reward_model: Transformer, answers: Answers) -> torch.Tensor:
+    """What the reward model says of the answers: [B]."""
+    # [llm-24] It has read all of an answer only at its last real token: the output there is its judgement.
     outputs = outputs_after(reward_model, answers.prompts, answers.prompt_mask, answers.tokens)[:, 1:, 0]
     return outputs.gather(1, answers.mask.sum(1, keepdim=True) - 1).squeeze(1)
+
+
+def proxy_scores(reward_model: Transformer, answers: Answers, args: Args) -> torch.Tensor:
+    """The rewards [B] of the answers."""
+    # [llm-26] The reward model has hardly seen texts without an end, and might like them. They get a score that most
+    # answers exceed, whatever it says.
+    return torch.where(answers.truncated, args.truncated_score, judge(reward_model, answers))
 
 
 def true_scores(task, problems: list, answers: Answers) -> tuple[torch.Tensor, list[str]]:
@@ -439,7 +461,7 @@ def bradley_terry_loss(margin: torch.Tensor, preferred: torch.Tensor) -> torch.T
 def margins(reward_model: Transformer, pairs: Pairs, order: torch.Tensor | slice = slice(None)) -> torch.Tensor:
     """How much higher the reward model scores the first answers than the second ones, of all pairs or some."""
     some = ([None if tensor is None else tensor[order] for tensor in answers] for answers in pairs[:2])
-    first, second = (proxy_scores(reward_model, Answers(*tensors)) for tensors in some)
+    first, second = (judge(reward_model, Answers(*tensors)) for tensors in some)
     return first - second
 
 
@@ -454,7 +476,7 @@ def train_reward_model(task, policy: Transformer, excluded: set[str], args: Args
     """The weights of a reward model for answers of this policy, and metrics that say how good it is."""
     torch.manual_seed(args.seed)
     rng, reward_model = random.Random(f"pairs {args.seed}"), Transformer(1, args)
-    # [llm-24] The policy's features know the language, which so few comparisons could not teach. With this head the
+    # [llm-25] The policy's features know the language, which so few comparisons could not teach. With this head the
     # first scores have a deviation of about 1.
     if args.reward_from_policy:
         weights = {name: weight for name, weight in policy.state_dict().items() if "head" not in name}
@@ -472,18 +494,18 @@ def train_reward_model(task, policy: Transformer, excluded: set[str], args: Args
         nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        facts = {"training_accuracy": agreement(margins(reward_model, pairs), pairs.preferred - 0.5)}
         margin, label, truth = margins(reward_model, heldout), heldout.preferred - 0.5, heldout.truth
-        facts |= {
+        facts = {
             "heldout_loss": bradley_terry_loss(margin, heldout.preferred).item(),
             "heldout_accuracy": agreement(margin, label),
-            "calibration_error": calibration_error(margin.sigmoid(), heldout.preferred),
+            "training_accuracy": agreement(margins(reward_model, pairs), pairs.preferred - 0.5),
+            "label_accuracy": agreement(label, truth),
             "true_accuracy": agreement(margin, truth),
-            "label_accuracy": agreement(label, truth),  # as good as it gets for the held-out one
+            "calibration_error": calibration_error(margin.sigmoid(), heldout.preferred),
         }
         if args.scale_reward:
-            scale(reward_model, proxy_scores(reward_model, heldout.first))
-    return reward_model.state_dict() | {f"reward_model/{name}": torch.tensor(fact) for name, fact in facts.items()}
+            scale(reward_model, judge(reward_model, heldout.first))
+    return reward_model.state_dict() | {"facts": torch.tensor([facts[name] for name in FACTS], dtype=torch.float64)}
 
 
 def agreement(differences: torch.Tensor, others: torch.Tensor) -> float:
@@ -493,9 +515,11 @@ def agreement(differences: torch.Tensor, others: torch.Tensor) -> float:
 
 def scale(reward_model: Transformer, scores: torch.Tensor) -> None:
     """Changes the reward model's last layers so that what it gives these scores [N] has mean 0 and deviation 1."""
-    # [llm-25] Differences of scores have no unit, and comparisons leave their mean open. Scaled, a coefficient of the
+    # [llm-27] Differences of scores have no unit, and comparisons leave their mean open. Scaled, a coefficient of the
     # penalty means the same for every reward model, and the value network has a small range to learn.
-    head, gain = reward_model.head.weight, 1 / scores.std().clamp(min=1e-6)
+    if not scores.std() > 1e-4:
+        raise InputError("the reward model gives all answers the same score: there is nothing to learn from it")
+    head, gain = reward_model.head.weight, 1 / scores.std()
     head *= gain
     # Without a bias in the head: what the last normalization adds along the head shifts the output.
     reward_model.norm.bias -= gain * scores.mean() * head[0] / head.square().sum()
@@ -688,7 +712,7 @@ def gradient_step(agent: Agent, adam: Adam, minibatch: Batch, step_size, epsilon
 
 def adapted_kl_coef(kl_coef: float, divergence: float, args: Args) -> float:
     """The penalty's weight after a rollout whose answers were, on average, this far from the reference."""
-    # [llm-27] One weight is too much at first and too little later. Here the divergence is what is chosen: while it is
+    # [llm-28] One weight is too much at first and too little later. Here the divergence is what is chosen: while it is
     # too large the weight grows, in proportion to the error, of which at most a fifth counts.
     error = min(max(divergence / args.target_kl_reference - 1, -0.2), 0.2)
     return kl_coef * (1 + error * args.num_envs / args.kl_horizon)
@@ -736,8 +760,7 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     agent = Agent(args)
     if starts:
-        policy, reward_model, facts = starts
-        agent.start_from(policy, reward_model, args)
+        agent.start_from(*starts, args)
     # [llm-19] [core-3] [extra-1] The work that PPO for language models goes back to used TensorFlow 1's Adam.
     adam = Adam(agent.to(device))
     base_rates = torch.full_like(adam.parameters, args.learning_rate)
@@ -746,7 +769,8 @@ def train(args: Args) -> dict:
     run = Run(args, agent, adam)
     if run.update == 0:
         values, examples = test(agent, task, tests, 0, args)
-        run.log_test(values | facts if starts else values, examples)
+        facts = zip(FACTS, agent.facts.tolist())
+        run.log_test(values | {f"reward_model/{name}": fact for name, fact in facts}, examples)
     for update in range(run.update, args.num_updates):
         # [core-4] The steps shrink linearly; the factor of the last update is 1/num_updates, not 0. [extra-10]
         remaining = 1 - update / args.num_updates if args.anneal_lr else 1
@@ -759,9 +783,7 @@ def train(args: Args) -> dict:
         answers = generate(agent.policy, prompts, prompt_mask, args)
         mask = answers.mask
         with torch.no_grad():
-            proxy = proxy_scores(agent.reward_model, answers)
-            # [llm-26] The reward model has learned from whole answers. Without this, a text that never ends could pay.
-            rewards = torch.where(answers.truncated, args.truncated_score, proxy)
+            rewards = proxy_scores(agent.reward_model, answers, args)
             # [llm-7] The sampler's numbers differ by rounding, or more if it is another program. The ratio must start
             # at 1, and therefore both of its sides come from the same computation.
             learner_log_probs, _ = score(agent.policy, answers, args.temperature)
@@ -802,7 +824,6 @@ def train(args: Args) -> dict:
         metrics = {
             "charts/reward": reward,
             "charts/episodic_return": reward,  # CleanRL's name
-            "charts/proxy_score": proxy.mean().item(),
             "charts/reference_kl": divergence,
             "charts/kl_coef": kl_coef,
             "charts/episodic_length": mask.sum(1).float().mean().item(),
@@ -858,6 +879,8 @@ def check_args(args: Args) -> None:
         raise InputError(f"{args.num_envs} answers cannot be cut into {args.num_minibatches} equal minibatches")
     if args.width % args.heads:
         raise InputError(f"--width {args.width} cannot be shared by {args.heads} heads")
+    if args.adaptive_kl and args.kl_horizon < args.num_envs:
+        raise InputError(f"--kl-horizon must be at least the {args.num_envs} answers of a rollout, for small steps")
     if args.adaptive_kl and args.kl_coef == 0:
         raise InputError("--adaptive-kl multiplies --kl-coef, which must therefore be above 0")
     if args.best_of and not args.evaluate:
@@ -908,14 +931,13 @@ def cached(make: Callable, more: tuple[str, ...], task, args: Args) -> dict[str,
     return weights
 
 
-def make_starts(task, excluded: set[str], args: Args) -> tuple[dict, dict, dict[str, float]]:
-    """Weights of a supervised policy and of a reward model for its answers, and metrics of the latter."""
+def make_starts(task, excluded: set[str], args: Args) -> tuple[dict, dict]:
+    """Weights of a supervised policy, and of a reward model for its answers with its facts."""
     policy, names = Transformer(len(CHARACTERS), args), [field.name for field in fields(Args)]
     policy.load_state_dict(cached(lambda: pretrain(task, excluded, args), (), task, args))
     more = tuple(names[names.index("num_pairs") : names.index("cache_dir")]) + ("temperature",)
     reward_model = cached(lambda: train_reward_model(task, policy, excluded, args), more, task, args)
-    facts = {name: reward_model.pop(name).item() for name in [*reward_model] if "/" in name}
-    return policy.state_dict(), reward_model, facts
+    return policy.state_dict(), reward_model
 
 
 def check_finite(values: dict, run: "Run") -> None:
@@ -1069,52 +1091,46 @@ class Run:
 
 
 @torch.no_grad()
-def sample_tests(policy: Transformer, agent: Agent, task, tests: list, args: Args, generator: torch.Generator | None):
-    """An answer to each test problem, its proxy and true scores [B], its divergence [B] and the texts."""
+def sample_tests(policy: Transformer, agent: Agent, task, tests: list, args: Args, generator=None):
+    """Answers to the test problems, their proxy scores, true scores and divergences [3, B], and their texts."""
     device = next(policy.parameters()).device
     prompts = [tensor.to(device) for tensor in make_prompts(task, tests, args)]
     answers = generate(policy, *prompts, args, generator=generator)
     log_ratio = score(policy, answers, args.temperature)[0] - score(agent.reference, answers, args.temperature)[0]
-    scores, texts = true_scores(task, tests, answers)
-    return answers, proxy_scores(agent.reward_model, answers).cpu(), scores, (log_ratio * answers.mask).sum(1), texts
+    true, texts = true_scores(task, tests, answers)
+    scores = [proxy_scores(agent.reward_model, answers, args).cpu(), true, (log_ratio * answers.mask).sum(1).cpu()]
+    return answers, torch.stack(scores), texts
 
 
 def test(agent: Agent, task, tests: list, update: int, args: Args) -> tuple[dict[str, float], str]:
     """Metrics of the policy on the test problems, and some answers. Leaves training's random numbers alone."""
     generator = torch.Generator().manual_seed(args.seed * 1000003 + update)
-    answers, proxy, true, divergence, texts = sample_tests(agent.policy, agent, task, tests, args, generator)
-    values = {
-        "eval/proxy_score": proxy.mean().item(),
-        "eval/true_score": true.mean().item(),
-        "eval/correlation": torch.corrcoef(torch.stack([proxy, true]))[0, 1].item(),
-        "eval/reference_kl": divergence.mean().item(),
-        "eval/length": answers.mask.sum(1).float().mean().item(),
-        "eval/truncated": answers.truncated.float().mean().item(),
-    }
-    shown = zip(proxy[:20].tolist(), true.tolist(), tests, texts)
-    return values, "".join(f"{p:.2f} {t:g} {task.prompt(problem)} {text}\n" for p, t, problem, text in shown)
+    answers, scores, texts = sample_tests(agent.policy, agent, task, tests, args, generator)
+    means = dict(zip(("eval/proxy_score", "eval/true_score", "eval/reference_kl"), scores.mean(1).tolist()))
+    means["eval/correlation"] = torch.corrcoef(scores[:2])[0, 1].item()
+    means["eval/length"] = answers.mask.sum(1).float().mean().item()
+    shown = zip(*scores[:2, :20].tolist(), tests, texts)
+    return means, "".join(f"{proxy:.2f} {true:g} {task.prompt(of)} {text}\n" for proxy, true, of, text in shown)
 
 
 def evaluate(args: Args) -> tuple[float, float]:
-    """Tests a trained policy, or its supervised start with best-of-N; prints and returns proxy and true score."""
+    """Tests a trained policy, or best-of-N of its supervised start; prints and returns proxy and true score."""
     task, tests = make_task(args)
     agent = Agent(args)
     restore(Path(args.evaluate).resolve(), agent)
     torch.manual_seed(args.seed)
-    policy, count = (agent.reference, args.best_of) if args.best_of else (agent.policy, 1)
-    tries = [sample_tests(policy, agent, task, tests, args, None) for _ in range(count)]
-    # Without an end it is no answer. If all are cut off, the first one stands for them.
-    proxies = torch.stack([proxy.masked_fill(answers.truncated, -1e9) for answers, proxy, *_ in tries])
-    chosen = proxies.argmax(0).tolist()
-    proxy, true, divergence = (
-        torch.stack([tries[i][part][place] for place, i in enumerate(chosen)]).mean().item() for part in (1, 2, 3)
-    )
-    what = "the policy"
+    policy, count, name = agent.policy, 1, "the policy"
     if args.best_of:
-        # [llm-29] The divergence of best-of-N has a closed form, an upper bound if answers are often the same.
-        what, divergence = f"the supervised start with --best-of {count}", math.log(count) - (count - 1) / count
+        policy, count, name = agent.reference, args.best_of, f"the supervised start, --best-of {args.best_of},"
+    tries = torch.stack([sample_tests(policy, agent, task, tests, args)[1] for _ in range(count)])  # [N, 3, B]
+    chosen = tries[:, 0].argmax(0)
+    proxy, true, divergence = tries[chosen, :, range(len(tests))].mean(0).tolist()
+    if args.best_of:
+        # [llm-30] Choosing among N samples moves their distribution by this much: the same axis as for PPO. It is an
+        # upper bound where equal answers are drawn.
+        divergence = math.log(count) - (count - 1) / count
     print(f"{args.env_id}: proxy score {proxy:.3f}, true score {true:.3f}, divergence {divergence:.2f} "
-          f"of {what} on {len(tests)} test problems")  # fmt: skip
+          f"of {name} on {len(tests)} test problems")  # fmt: skip
     return proxy, true
 
 
