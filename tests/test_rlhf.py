@@ -71,7 +71,8 @@ def test_llm_23_bradley_terry_loss(pairs):
 
 def test_llm_22_labels_follow_the_noise():
     """Each label is drawn with probability sigmoid(difference / noise); without noise it is the truth."""
-    excluded = {rlhf.Greeting().prompt(problem) for problem in ("mira", "tolu")}
+    rng = random.Random(0)
+    excluded = {prompt for _ in range(20000) if (prompt := f"{rlhf.Greeting().problem(rng)}:")[0] in "bdkl"}
     for noise in (0.0, 0.5, 3.0):
         args = replace(SMALL, label_noise=noise)
         torch.manual_seed(0)
@@ -79,7 +80,7 @@ def test_llm_22_labels_follow_the_noise():
         truth, preferred = pairs.truth, pairs.preferred
         first, second = (rlhf.decode(answers.tokens) for answers in pairs[:2])
         names = [text.strip("\0")[:-1] for text in rlhf.decode(pairs.first.prompts.flip(1)) for text in [text[::-1]]]
-        assert torch.equal(pairs.first.prompts, pairs.second.prompts) and "mira" not in names
+        assert torch.equal(pairs.first.prompts, pairs.second.prompts) and not {name[0] for name in names} & set("bdkl")
         score = rlhf.Greeting().score
         assert truth.tolist() == [score(name, a) - score(name, b) for name, a, b in zip(names, first, second)]
         for difference in (-1.0, 0.0, 1.0):

@@ -195,6 +195,8 @@ def test_cache_is_used_and_depends_on_the_settings(monkeypatch):
         counts.clear()
         rlhf.train(replace(args, **change))
         assert counts == made, change
+    more = replace(args, num_pairs=21)  # only its policy comes from the first run
+    assert_same_run(rlhf.train(more)["run_dir"], rlhf.train(replace(more, cache_dir=""))["run_dir"])
     for file in Path("cache").iterdir():
         file.write_bytes(file.read_bytes()[:1000])
     counts.clear()
@@ -411,7 +413,7 @@ def test_without_a_penalty_the_proxy_rises_and_the_true_score_falls(monkeypatch)
     """The proxy by 1 or more; the true score ends 0.5 below its highest one, and below that of the supervised start.
 
     Of the seeds 1 to 6 all got there, on kernels for AVX-512 and on those for AVX2: the proxy rose by 1.7 to 3.9, and
-    the true score ended 0.8 to 7.4 below its highest one.
+    the true score ended 0.9 to 7.4 below its highest one.
     """
     monkeypatch.setitem(rlhf.TASKS, "greeting", Brief)
     args = rlhf.Args(width=32, num_test=15, num_steps=16, max_prompt=4, pretrain_steps=300, pretrain_batch=32,
