@@ -74,7 +74,7 @@ class AlgorithmArgs:
     kl_in: Literal["reward", "loss"] = "reward"  # where it counts: each token's reward (k1), or the loss (k3) [llm-8]
     adaptive_kl: bool = False  # change the weight until the divergence is as wanted; off: it stays [llm-28]
     target_kl_reference: float = 4.0  # the divergence of an answer that is wanted then [llm-28]
-    kl_horizon: float = 500.0  # answers in which the weight changes by a fifth at most [llm-28]
+    kl_horizon: float = 200.0  # answers in which the weight changes by a fifth at most [llm-28]
     truncated_score: float = -1.0  # an answer without an end gets this, whatever the reward model says [llm-26]
     gamma: float = 1.0  # discount factor of gae, 0 to 1 [llm-1]
     gae_lambda: float = 0.95  # GAE: from 0 (one-step TD error) to 1 (the answer's reward) [llm-1]
