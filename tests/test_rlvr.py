@@ -629,6 +629,7 @@ def test_every_detail_has_a_tag_at_its_place():
 def test_documented_details_flags_and_tests_exist():
     page, tests = (rlvr.Path(rlvr.__file__).parent / "docs/llm.md").read_text(), rlvr.Path(__file__).read_text()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| llm-")]
+    rows = rows[:21]  # those that follow are of ppo_rlhf.py
     assert [row[0] for row in rows] == [f"| llm-{number}" for number in range(1, 22)]
     names = {field.name for field in fields(Args)}
     for *_, flags, test in rows:

@@ -163,6 +163,33 @@ def test_the_language_model_script_shares_what_it_can():
     assert drift(base, other, RLVR_SHARED, RLVR_DIFFERENCES) == []
 
 
+# What ppo_rlhf.py has of ppo_rlvr.py, above the ruler.
+RLHF_SHARED = [
+    "Args.batch_size", "(EOS, CHARACTERS)", "encode", "decode", "make_prompts", "draw_problems", "Block",
+    "Block.__init__", "Block.forward", "Transformer", "Transformer.__init__", "Transformer.forward", "Answers",
+    "generate", "outputs_after", "log_probabilities", "score", "predict", "up_to_end", "token_rewards", "whiten",
+    "compute_gae", "Batch", "masked_mean", "ppo_loss", "policy_change", "Adam", "Adam.__init__", "Adam.coefficients",
+    "Adam.step", "pretrain",
+]  # fmt: skip
+RLHF_DIFFERENCES = {
+    "check_args": "other settings",
+    "make_task": "scores instead of rewards",
+    "supervised_start": "reward models are kept too",
+    "Run.end_update": "two scores to show",
+    "Run.close": "another result",
+    "test": "two scores, and samples instead of greedy answers",
+    "guided_answers": "no search",
+    "choose": "no search",
+    "evaluate": "best-of-N by the proxy",
+    "main": "another result",
+}
+
+
+def test_the_feedback_script_shares_what_it_can():
+    base, other = (ROOT / "ppo_rlvr.py").read_text(), (ROOT / "ppo_rlhf.py").read_text()
+    assert drift(base, other, RLHF_SHARED, RLHF_DIFFERENCES) == []
+
+
 @pytest.mark.parametrize("script", DIFFERENCES)
 def test_shared_definitions_are_the_same(script):
     base, other = (ROOT / BASE).read_text(), (ROOT / script).read_text()
