@@ -25,6 +25,8 @@ NAMES = [name for name in ("ppo", "ppo_continuous", "ppo_lstm", "ppo_multidiscre
          if "\nclass Environments" in (ROOT / f"{name}.py").read_text()]  # fmt: skip
 SCRIPTS = [__import__(name) for name in NAMES]
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+# Of what all scripts have in the same lines (test_same_lines.py), one is tested.
+SHARED = pytest.mark.parametrize("script", SCRIPTS[:1], ids=NAMES[:1])
 SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 256}
 BATCH = 64
 # What two environments are given; other scripts give them a number each.
@@ -304,7 +306,7 @@ def test_a_resumed_run_does_not_play_its_first_episodes_again(script):
     assert lengths(0) == lengths(0) != lengths(64)
 
 
-@ALL
+@SHARED
 def test_errors_within_the_environment_keep_their_traceback(script):
     process = start(script, own(script, "Lost"))
     _, err = process.communicate(timeout=120)
@@ -342,7 +344,7 @@ def test_evaluation_cuts_endless_episodes(script, capsys):
     assert "return 150.0 +- 0.0 over 2 episodes" in capsys.readouterr().out
 
 
-@ALL
+@SHARED
 @pytest.mark.slow
 def test_videos_of_endless_episodes_are_cut(script, monkeypatch):
     """The recorder keeps some 1,000 frames in memory."""
@@ -359,7 +361,7 @@ def test_videos_of_endless_episodes_are_cut(script, monkeypatch):
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
-@ALL
+@SHARED
 def test_two_processes_in_one_directory(script):
     """The second is refused, and rows are not doubled."""
     process = start(script, own(script, "InfoOfEnds", total_timesteps=10_000_000))
@@ -374,7 +376,7 @@ def test_two_processes_in_one_directory(script):
     assert steps == list(range(BATCH, steps[-1] + 1, BATCH))
 
 
-@ALL
+@SHARED
 def test_a_full_disk_ends_with_1(script):
     """Metrics that reach the limit of a file's size in the middle of a line."""
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
@@ -388,7 +390,7 @@ def test_a_full_disk_ends_with_1(script):
     assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-500:]
 
 
-@ALL
+@SHARED
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_an_empty_run_directory_name(script, flag, capsys):
     assert "needs a run directory" in refused(script, [flag, ""], capsys)
@@ -421,7 +423,7 @@ def test_each_field_of_a_checkpoint(script, capsys):
             script.say.cache_clear()
 
 
-@ALL
+@SHARED
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.pt.tmp", "config.json.tmp"])
 def test_symbolic_links_are_refused(script, name, capsys, tmp_path):
     path = trained(script)
@@ -433,7 +435,7 @@ def test_symbolic_links_are_refused(script, name, capsys, tmp_path):
     assert outside.read_text() == "precious"
 
 
-@ALL
+@SHARED
 @pytest.mark.parametrize("name", ["../x", "a b", "[x]", "/tmp/x", "ü*?"])
 def test_names_stay_inside_runs_dir(script, name):
     path = trained(script, exp_name=name)
@@ -441,7 +443,7 @@ def test_names_stay_inside_runs_dir(script, name):
     assert list(Path.cwd().iterdir()) == [Path.cwd() / "runs"]
 
 
-@ALL
+@SHARED
 def test_a_foreign_module_needs_the_flag_again(script):
     path = trained(script)
     config = json.loads((path / "config.json").read_text())
@@ -455,7 +457,7 @@ def test_a_foreign_module_needs_the_flag_again(script):
 
 
 # Terminals and signals ------------------------------------------------------------------------------------------------
-@ALL
+@SHARED
 @pytest.mark.parametrize("stderr", ["closed", "full", "reader gone"])
 def test_stderr_does_not_matter(script, stderr):
     words = own(script, "InfoOfEnds", total_timesteps=640)
@@ -472,7 +474,7 @@ def test_stderr_does_not_matter(script, stderr):
     assert process.returncode == 0 and ": 640 steps, mean return " in out
 
 
-@ALL
+@SHARED
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
 def test_hangup(script, ignored):
     """A closed terminal ends the run with a checkpoint; under nohup it goes on."""
@@ -492,7 +494,7 @@ def test_hangup(script, ignored):
     assert counts[0].item() * BATCH == updates[-1]
 
 
-@ALL
+@SHARED
 @pytest.mark.parametrize("delay", [0.3, 1.0])
 def test_ctrl_c_while_it_starts(script, delay):
     process = start(script, own(script, "InfoOfEnds", total_timesteps=10_000_000))
@@ -503,7 +505,7 @@ def test_ctrl_c_while_it_starts(script, delay):
 
 
 # The command line -----------------------------------------------------------------------------------------------------
-@ALL
+@SHARED
 def test_steps_in_scientific_notation(script):
     words = [*flags(settings(script)), "--total-timesteps", "1.28e2"]
     assert script.main(words) == 0
@@ -511,7 +513,7 @@ def test_steps_in_scientific_notation(script):
     assert metrics(path)[-1]["global_step"] == 128
 
 
-@ALL
+@SHARED
 def test_a_switch_with_a_value_names_the_other_switch(script, capsys):
     assert "--no-anneal-lr" in refused(script, ["--anneal-lr", "False"], capsys)
 
@@ -528,7 +530,7 @@ def test_refused_starts_leave_nothing(script, words, capsys):
     assert refused(script, [*flags(settings(script)), *words], capsys)
 
 
-@ALL
+@SHARED
 def test_output_is_progress_alone(script):
     """No warnings, no tracebacks."""
     process = start(script, own(script, "InfoOfEnds"))
@@ -537,7 +539,7 @@ def test_output_is_progress_alone(script):
     assert [line for line in err.splitlines() if line.strip() and not re.match(r"\S+: \d+ of \d+ steps, ", line)] == []
 
 
-@ALL
+@SHARED
 def test_cuda_without_a_gpu(script, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert script.main([*flags(settings(script)), "--cuda"]) == 0

@@ -614,7 +614,7 @@ def test_full_disk(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX's")
-@pytest.mark.parametrize("script", [ppo, ppo_continuous])
+@pytest.mark.parametrize("script", [ppo])
 def test_full_disk_in_a_process(script):
     """The write that does not fit ends the run with code 1 and one line; the checkpoint can be used."""
     code = f"""
