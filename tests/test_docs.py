@@ -190,10 +190,11 @@ def test_the_readmes_commands_work(command, finished_run, tmp_path):
     start = [sys.executable]
     if command.startswith("torchrun"):
         start += ["-m", "torch.distributed.run", "--standalone", *shlex.split(command)[1:2]]
-    shorter = ["--total-timesteps", STEPS.get(script, "256")] + ["--num-steps", "16"] * (script not in STEPS)
+    shorter = ["--total-timesteps", STEPS.get(script, "1024")] + ["--num-steps", "16"] * (script not in STEPS)
+    expected = r"\d+ steps, mean return "
     if "--help" in flags or "--evaluate" in flags:
-        shorter = []
-    execute([*start, ROOT / script, *flags, *shorter], tmp_path)
+        shorter, expected = [], "--total-timesteps" if "--help" in flags else r"return .* over 10 episodes"
+    assert re.search(expected, execute([*start, ROOT / script, *flags, *shorter], tmp_path))
 
 
 def test_the_readmes_other_flags_exist():
