@@ -1125,10 +1125,11 @@ def main(argv: list[str] | None = None) -> int:
         if result["global_step"] < args.num_updates * args.batch_size:
             print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
         return 0
-    except (InputError, FloatingPointError, OSError, torch._dynamo.exc.TorchDynamoException) as error:
+    except Exception as error:
         # Those of the environment's own lines keep their traceback.
         own = traceback.extract_tb(error.__traceback__)[-1].filename == __file__
-        if not own and isinstance(error, FloatingPointError | OSError):
+        own = own and isinstance(error, InputError | FloatingPointError | OSError)
+        if not own and not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         say(f"{SCRIPT}.py: error: {error if own else one_line(error)}")
         return 2 if isinstance(error, InputError) else 1
