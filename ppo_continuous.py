@@ -268,6 +268,8 @@ def make_envs(args: Args, video_folder: Path | None = None) -> Environments:
         check_spaces(env.observation_space, env.action_space, args)
         return env if is_vector(env.observation_space) else gym.wrappers.FlattenObservation(env)
 
+    if importlib.util.find_spec("mujoco"):  # its warnings would go into a file in the current directory
+        importlib.import_module("mujoco").set_mju_user_warning(lambda text: "deprecated" in text or say(text))
     return Environments([make_vector_env(index) for index in range(args.num_envs)], max_steps)
 
 

@@ -118,7 +118,7 @@ class RunArgs:
     seed: int = 1  # seeds the network, the action noise and the shuffles; environment i gets seed + i [extra-35]
     torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
     cuda: bool = True  # use the GPU if there is one
-    compile: bool = False  # compile the gradient step: a minute of start-up, then a faster update
+    compile: bool = False  # compile the gradient step, for GPUs; on a CPU this network gets slower by it
     cudagraphs: bool = False  # on a GPU, replay recorded kernels instead of launching them one by one
     amp: bool = False  # compute the network in bfloat16: faster on processors and GPUs that have it
     track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)

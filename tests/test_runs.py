@@ -217,6 +217,13 @@ def without_clock(path: Path) -> list[str]:
     return [json.dumps({key: row[key] for key in row if key not in clock}) for row in metrics(path)]
 
 
+def test_mujoco_leaves_nothing_behind():
+    """MuJoCo warns of its own model file, in the terminal and in a file of the current directory, unless told not to."""
+    done = run_script(Path(ppo_continuous.__file__), *flags(small(1, ppo_continuous, env_id="HalfCheetah-v4")))
+    assert done.returncode == 0 and problems(done.stderr) == []
+    assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
+
+
 def test_files_of_a_run(capsys):
     args = small(5, seed=3, exp_name="trial", learning_rate=1e-3)
     assert ppo.main(flags(args)) == 0
