@@ -394,7 +394,7 @@ def test_bad_input(tmp_path, capsys):
         assert err.count("\n") == err.count("benchmark plot: error: ") == 1
         return err
 
-    assert "there is no suite clasic; did you mean classic?" in refused("clasic")
+    assert "there is no suite clasic; did you mean classic" in refused("clasic")
     assert "no runs of suite made in" in refused(str(suite))
     make_run(tmp_path / "runs", "A-v0", 1, [3] * 20)
     assert "did you mean losses/entropy?" in refused(str(suite), "--metric", "losses/entrpy")
