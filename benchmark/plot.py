@@ -10,12 +10,11 @@ A curve is the mean return of the last 100 episodes at the end of an update, as 
 other metrics that belong to updates are shown as they are. Curves are thinned out and written as CSV, and everything is
 drawn from that file: where there are no runs, the figure and the table come out of the CSV in this repository.
 
-Bands and intervals are 95% percentile-bootstrap intervals over seeds, for each environment by itself: the environments
-are the strata.
+Bands and intervals are 95% intervals over seeds, for each environment by itself: of a mean Student's t, of an
+interquartile mean, which needs 10 seeds, the percentile bootstrap (benchmark/statistics.py).
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
@@ -29,10 +28,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
-from scipy import stats
 
 from benchmark.files import write_file
 from benchmark.provenance import provenance
+from benchmark.statistics import ENOUGH, interval, iqm
 from benchmark.suite import (
     REFERENCE,
     ROOT,
@@ -50,9 +49,9 @@ from benchmark.text import markdown_table, printable
 RETURN = "charts/episodic_return"
 EPISODES = 100  # that a mean return is over
 POINTS = 122  # updates kept of each curve
-RESAMPLES = 2000  # of the bootstrap
-STATISTICS = {"mean": np.mean, "iqm": functools.partial(stats.trim_mean, proportiontocut=0.25)}
+STATISTICS = {"mean": np.mean, "iqm": iqm}
 STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean"}
+INTERVALS = {"mean": "95% interval (Student's t)", "iqm": "95% interval (bootstrap)"}
 OURS, BESIDE, PUBLISHED = "#1763b8", ("#e07b00", "#2f8f4e", "#8f3fa8"), "#202020"
 
 
@@ -63,7 +62,7 @@ class Args:
     suite: tyro.conf.Positional[str]
     """name of a suite in benchmark/suites, or a .toml file"""
     statistic: Literal["mean", "iqm"] = "mean"
-    """over seeds: the mean, or the interquartile mean, which leaves out the lowest and highest quarter"""
+    """over seeds: the mean, or the interquartile mean, which leaves out the lowest and highest quarter (10 seeds)"""
     x: Literal["steps", "hours"] = "steps"
     """over what the curves are drawn: environment steps, or hours of training"""
     metric: str = RETURN
@@ -237,21 +236,6 @@ def read_curves(path: Path) -> Curves:
     }
 
 
-def interval(samples: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray]:
-    """95% bootstrap interval over seeds for samples [seeds, ...]; nan for one seed alone, which says nothing."""
-    if len(samples) < 2:
-        return np.full(samples.shape[1:], np.nan), np.full(samples.shape[1:], np.nan)
-    result = stats.bootstrap(
-        (samples,),
-        STATISTICS[statistic],
-        axis=0,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return result.confidence_interval
-
-
 def aggregate(curves: list[Curve], statistic: str, x: str) -> tuple[np.ndarray, ...]:
     """x, statistic and interval of curves at common points, at each of those seeds that have got there.
 
@@ -417,7 +401,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlim(left=0)
         axis.locator_params(axis="both", nbins=6)
-    over = f": {STATISTIC_NAMES[args.statistic]} and 95% bootstrap interval over seeds"
+    over = f": {STATISTIC_NAMES[args.statistic]} and {INTERVALS[args.statistic]} over seeds"
     several = any(len(seeds) > 1 for _, curves, *_ in groups for seeds in curves.values())
     figure.suptitle(printable(suite.title) + over * several, fontsize=12, color="0.25")
     if handles:
@@ -457,6 +441,16 @@ def main(args: Args) -> int:
     if args.x == "hours" and all(np.isnan(c.hours).all() for seeds in ours.values() for c in seeds.values()):
         raise InputError(f"{data} does not say how long the runs took")
     others = beside(suite, args, suffix)
+    if args.statistic == "iqm":
+        if few := [env_id for env_id, seeds in ours.items() if len(seeds) < ENOUGH]:
+            raise InputError(f"the interquartile mean needs {ENOUGH} seeds, and {few[0]} has {len(ours[few[0]])}: of "
+                             "few seeds it is little but the median; --statistic mean needs 2")  # fmt: skip
+        for name, curves in list(others.items()):
+            if any(len(seeds) < ENOUGH for seeds in curves.values()):
+                note(
+                    f"{name} is left out: it has fewer than {ENOUGH} seeds, of which an interquartile mean says little"
+                )
+                del others[name]
     published = suite.published if args.metric == RETURN else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, others, published, args)
