@@ -342,6 +342,16 @@ def legend_label(name: str, curves: Curves) -> str:
     return f"{name}, {seeds}" + (f" ({counted(unfinished, 'run')} unfinished)" if unfinished else "")
 
 
+def vertical_limits(centers: list[float], bands: list[float]) -> tuple[float, float]:
+    """Where a panel ends: all centers are in it, and bands as long as they do not make the centers small."""
+    low, high = np.nanmin(centers), np.nanmax(centers)
+    if high - low < 1e-6:  # a flat curve needs a scale of its own
+        return low - max(abs(low) / 4, 1), high + max(abs(high) / 4, 1)
+    reach = (high - low) / 4
+    low, high = max(np.nanmin([low, *bands]), low - reach), min(np.nanmax([high, *bands]), high + reach)
+    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+
 def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args, path: Path) -> None:
     """Writes the figure as path.png and path.svg: one panel for each environment, one legend for all."""
     import matplotlib
@@ -371,7 +381,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         if index >= len(suite.env_ids):
             axis.set_axis_off()
             continue
-        env_id, ends = suite.env_ids[index], []
+        env_id, ends, centers, bands = suite.env_ids[index], [], [], []
         for name, curves, color, style in groups:
             if not curves.get(env_id):
                 continue
@@ -380,6 +390,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             (line,) = axis.plot(x, center, style, color=color, linewidth=1.9)
             handles[color] = (line, legend_label(name, curves))
             ends.append(x[-1])
+            centers, bands = [*centers, *center], [*bands, *low, *high]
         if not ours.get(env_id):
             axis.text(0.5, 0.5, "no runs yet", color="0.5", ha="center", transform=axis.transAxes)
         if env_id in published and ends:
@@ -389,9 +400,9 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
                 [1.04 * max(ends)], [mean], [deviation], fmt="D", color=PUBLISHED, ms=5, capsize=4, linewidth=1.3
             )
             handles[PUBLISHED] = (marker, suite.published_label)
-        if np.ptp(axis.dataLim.intervaly) < 1e-6 and ends:  # a flat curve needs a scale of its own
-            middle = axis.dataLim.intervaly[0]
-            axis.set_ylim(middle - max(abs(middle) / 4, 1), middle + max(abs(middle) / 4, 1))
+            centers += [mean - deviation, mean + deviation]
+        if ends:
+            axis.set_ylim(*vertical_limits(centers, bands))
         axis.set_title(printable(names[env_id]))
         if index % columns == 0:
             axis.set_ylabel(printable(what))
