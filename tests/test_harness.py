@@ -32,7 +32,6 @@ import benchmark.run
 import benchmark.worker
 from benchmark import files, suite
 from benchmark.__main__ import main
-from benchmark.ablations import STUDIES
 from benchmark.suite import InputError, load_suite, read_metrics, run_state, scan_runs, suite_runs
 
 WAIT = 300  # seconds after which a test gives up; a busy machine takes long to start a process
@@ -156,14 +155,6 @@ def test_flags_mean_what_they_mean_to_the_script(flags):
     settings = load_suite("classic", flags).settings["CartPole-v1"]
     expected = asdict(importlib.import_module("ppo").parse_args(["--compile", *flags]))
     assert settings == {name: value for name, value in expected.items() if name not in suite.FREE}
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_flags_of_ablations_exist(name):
-    study = STUDIES[name]
-    known = suite.script_settings(ROOT / study.script)
-    for _, flags in study.variants:
-        assert suite.parse_flags(f"{study.flags} {flags}".split(), known, study.script)
 
 
 LISTS = """class Algorithm:
@@ -349,8 +340,6 @@ BAD_COMMANDS = [
     ("run classic --extra='", "--extra: No closing quotation"),
     ("run", "Missing"),
     ("report", "which suites?"),
-    ("ablations classic --runs-dir /dev/null --workers 0", "--workers must be at least 1, and --seeds at least 2"),
-    ("ablations classic --runs-dir /dev/null --seeds 1", "--workers must be at least 1, and --seeds at least 2"),
 ]
 
 
