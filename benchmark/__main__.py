@@ -20,10 +20,10 @@ from benchmark.text import printable
 COMMANDS = {
     "run": "start what is missing of a suite, resume what was interrupted, skip what is finished",
     "plot": "draw a suite's learning curves, and write its table",
+    "compare": "say whether variants or suites differ: differences with intervals, figure and tables",
     "report": "make one interactive page of all runs of suites",
     "upload": "send a suite's runs to Weights & Biases",
     "throughput": "measure the speed of training, side by side with other programs",
-    "ablations": "measure what switching a detail off does to learning",
 }
 
 

@@ -10,12 +10,11 @@ A curve is the mean return of the last 100 episodes at the end of an update, as 
 other metrics that belong to updates are shown as they are. Curves are thinned out and written as CSV, and everything is
 drawn from that file: where there are no runs, the figure and the table come out of the CSV in this repository.
 
-Bands and intervals are 95% percentile-bootstrap intervals over seeds, for each environment by itself: the environments
-are the strata.
+Bands and intervals are 95% intervals over seeds, for each environment by itself: of a mean Student's t, of an
+interquartile mean, which needs 10 seeds, the percentile bootstrap (benchmark/statistics.py).
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
@@ -29,18 +28,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
-from scipy import stats
 
 from benchmark.files import write_file
 from benchmark.provenance import provenance
+from benchmark.statistics import ENOUGH, interval, iqm
 from benchmark.suite import (
     REFERENCE,
     ROOT,
+    STARTED,
     InputError,
     Suite,
     intact_runs,
     list_of,
     load_suite,
+    read_end,
     read_metrics,
     similar,
     writing,
@@ -50,9 +51,10 @@ from benchmark.text import markdown_table, printable
 RETURN = "charts/episodic_return"
 EPISODES = 100  # that a mean return is over
 POINTS = 122  # updates kept of each curve
-RESAMPLES = 2000  # of the bootstrap
-STATISTICS = {"mean": np.mean, "iqm": functools.partial(stats.trim_mean, proportiontocut=0.25)}
+VARIANT_POINTS = 30  # of each in a suite with variants, of which there may be hundreds
+STATISTICS = {"mean": np.mean, "iqm": iqm}
 STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean"}
+INTERVALS = {"mean": "95% interval (Student's t)", "iqm": "95% interval (bootstrap)"}
 OURS, BESIDE, PUBLISHED = "#1763b8", ("#e07b00", "#2f8f4e", "#8f3fa8"), "#202020"
 
 
@@ -63,7 +65,7 @@ class Args:
     suite: tyro.conf.Positional[str]
     """name of a suite in benchmark/suites, or a .toml file"""
     statistic: Literal["mean", "iqm"] = "mean"
-    """over seeds: the mean, or the interquartile mean, which leaves out the lowest and highest quarter"""
+    """over seeds: the mean, or the interquartile mean, which leaves out the lowest and highest quarter (10 seeds)"""
     x: Literal["steps", "hours"] = "steps"
     """over what the curves are drawn: environment steps, or hours of training"""
     metric: str = RETURN
@@ -93,6 +95,7 @@ class Curve(NamedTuple):
 
 
 Curves = dict[str, dict[int, Curve]]  # by environment and seed
+Groups = dict[str, Curves]  # by variant; of a suite without variants one, which has no name
 
 
 def note(message: str) -> None:
@@ -118,24 +121,25 @@ def thin_out(length: int, points: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, points).round().astype(int))
 
 
-def run_curve(columns: dict[str, np.ndarray], metric: str, part: float) -> Curve | None:
+def run_curve(columns: dict[str, np.ndarray], metric: str, part: float, points: int = POINTS) -> Curve | None:
     """The curve in a run's metrics, thinned out; None if it has none."""
     if metric not in columns or "charts/SPS" not in columns:
         return None
     updates, values = np.isfinite(columns["charts/SPS"]), metric_by_update(columns, metric)
     if not np.isfinite(values).any():
         return None
-    keep = thin_out(len(values), POINTS)
+    keep = thin_out(len(values), points)
     return Curve(columns["global_step"][updates][keep], columns["wall_time"][updates][keep] / 3600, values[keep], part)
 
 
-def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str, float], bool]:
+def collect(suite: Suite, runs_dir: Path, metric: str = RETURN) -> tuple[Groups, dict[str, float], bool]:
     """The curves of all runs, by run directory the part of its training that is done, and whether one is broken.
 
     Raises InputError if runs have other settings than the suite, or none has this metric.
     """
+    points = VARIANT_POINTS if suite.has_variants else POINTS
     runs, left_out = intact_runs(suite, runs_dir)
-    curves, names, parts, broken = defaultdict(dict), set(), {}, bool(left_out)
+    groups, names, parts, broken = {name: defaultdict(dict) for name in suite.variants}, set(), {}, bool(left_out)
     for job, state in runs.items():
         try:
             columns = read_metrics(state.path)
@@ -143,23 +147,24 @@ def collect(suite: Suite, runs_dir: Path, metric: str) -> tuple[Curves, dict[str
             columns = {}
         names |= columns.keys()
         part = parts[state.path.name] = 1.0 if state.finished else state.global_step / max(state.total_steps, 1)
-        curve = run_curve(columns, metric, part if state.finished else min(part, 0.999))
+        curve = run_curve(columns, metric, part if state.finished else min(part, 0.999), points)
         if curve is None:
             what = "no episode has ended" if metric == RETURN else f"there is no {metric}"
             left_out.append(f"{state.path.name} is left out: {what} in it")
             continue
-        curves[job.env_id][job.seed] = curve
-    if runs and not curves:
+        groups[job.variant][job.env_id][job.seed] = curve
+    groups = {name: dict(curves) for name, curves in groups.items() if curves}
+    if runs and not groups:
         if metric in names | {RETURN}:
             raise InputError(f"no run in {runs_dir} has an episode that ended")
         raise InputError(f"no run has a metric {metric}{similar(metric, names) or f'; there are {sorted(names)}'}")
     for message in left_out:
         note(message)
-    for env_id in suite.env_ids if runs else ():
-        found = {job.seed for job in runs if job.env_id == env_id}
+    for env_id, variant in itertools.product(suite.env_ids, suite.variants) if runs else ():
+        found = {job.seed for job in runs if (job.env_id, job.variant) == (env_id, variant)}
         if missing := [seed for seed in suite.seeds if seed not in found]:
-            note(f"{env_id}: no run of seed {', '.join(map(str, missing))}")
-    return dict(curves), parts, broken
+            note(f"{env_id}{f' {variant}' if variant else ''}: no run of seed {', '.join(map(str, missing))}")
+    return groups, parts, broken
 
 
 def add_curves(kept: Curves, new: Curves) -> Curves:
@@ -171,33 +176,39 @@ def add_curves(kept: Curves, new: Curves) -> Curves:
     return {env_id: dict(sorted(seeds.items())) for env_id, seeds in both.items()}
 
 
-def write_curves(path: Path, curves: Curves, metric: str, parts: dict[str, float], add: bool) -> None:
+def write_curves(path: Path, groups: Groups, metric: str, parts: dict[str, float], add: bool, facts: dict) -> None:
     """Writes curves as CSV, and beside it as JSON where they come from; with add, what both had before is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = {}
     if add and path.exists():
-        curves, sidecar = add_curves(read_curves(path), curves), path.with_suffix(".json")
+        known, sidecar = read_groups(path), path.with_suffix(".json")
+        groups = known | {name: add_curves(known.get(name, {}), curves) for name, curves in groups.items()}
         before = read_sidecar(sidecar)
         if set(before.get("runs", ())) <= parts.keys():  # the same runs again
             before = before.get("added_to")
         earlier = {"added_to": before} if before else {}
     with io.StringIO() as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"])
-        for env_id, seeds in curves.items():
-            for seed, curve in seeds.items():
-                for step, hours, value in zip(*curve[:3]):
-                    writer.writerow([env_id, seed, int(step), f"{value:.6g}", f"{hours:.6g}"])
+        heads = ["variant"] * (groups.keys() != {""})
+        heads += ["env_id", "seed", "global_step", "return_mean_100" if metric == RETURN else metric, "hours"]
+        writer.writerow(heads)
+        unfinished = {}
+        for name, env_id, seed, curve in all_curves(groups):
+            for step, hours, value in zip(*curve[:3]):
+                row = [name, env_id, seed, int(step), f"{value:.6g}", f"{hours:.6g}"]
+                writer.writerow(row[-len(heads) :])
+            if not curve.finished:
+                unfinished.setdefault(" ".join(filter(None, (env_id, name))), {})[seed] = round(curve.part, 3)
         write_file(path, file.getvalue())
-    unfinished = {
-        env: {s: round(c.part, 3) for s, c in seeds.items() if not c.finished} for env, seeds in curves.items()
-    }
-    facts = provenance() | {
-        "runs": sorted(parts),
-        "unfinished": {env: seeds for env, seeds in unfinished.items() if seeds},
-    }
-    facts |= earlier
+    facts = provenance() | facts | {"runs": sorted(parts), "unfinished": unfinished} | earlier
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+
+
+def trained_at(runs_dir: Path) -> dict:
+    """The commits at which the runs were started, as far as the harness has noted them."""
+    lines = read_end(runs_dir / STARTED, 1 << 20).splitlines()
+    commits = dict.fromkeys(re.findall(rb'"commit": "([^"]+)"', b"\n".join(lines)))
+    return {"trained_at": [commit.decode() for commit in commits]} if commits else {}
 
 
 def read_sidecar(path: Path) -> dict:
@@ -216,40 +227,38 @@ def read_sidecar(path: Path) -> dict:
     return facts
 
 
+def all_curves(groups: Groups) -> Iterable[tuple[str, str, int, Curve]]:
+    """Variant, environment, seed and curve of each run."""
+    for name, curves in groups.items():
+        for env_id, seeds in curves.items():
+            for seed, curve in seeds.items():
+                yield name, env_id, seed, curve
+
+
 def read_curves(path: Path) -> Curves:
-    """Curves from a CSV; raises InputError if that cannot be read."""
-    rows = defaultdict(lambda: defaultdict(list))
+    """Curves from a CSV of a suite without variants; raises InputError if that cannot be read."""
+    return read_groups(path).get("", {})
+
+
+def read_groups(path: Path) -> Groups:
+    """Curves from a CSV, by variant; raises InputError if that cannot be read."""
+    rows = defaultdict(list)
     unfinished = read_sidecar(path.with_suffix(".json")).get("unfinished", {})
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.reader(file):
-                if row[0] != "env_id":
-                    step, value, *hours = map(float, row[2:])
-                    rows[row[0]][int(row[1])].append((step, *(hours or [np.nan]), value))
-    except (OSError, ValueError, IndexError, csv.Error) as error:
+            reader = csv.reader(file)
+            unnamed = [] if next(reader)[0] == "variant" else [""]
+            for row in reader:
+                name, env_id, seed, *numbers = unnamed + row
+                step, value, *hours = map(float, numbers)
+                rows[name, env_id, int(seed)].append((step, *(hours or [np.nan]), value))
+    except (OSError, ValueError, IndexError, StopIteration, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    return {
-        env_id: {
-            seed: Curve(*np.array(points).T, unfinished.get(env_id, {}).get(str(seed), 1.0))
-            for seed, points in seeds.items()
-        }
-        for env_id, seeds in rows.items()
-    }
-
-
-def interval(samples: np.ndarray, statistic: str) -> tuple[np.ndarray, np.ndarray]:
-    """95% bootstrap interval over seeds for samples [seeds, ...]; nan for one seed alone, which says nothing."""
-    if len(samples) < 2:
-        return np.full(samples.shape[1:], np.nan), np.full(samples.shape[1:], np.nan)
-    result = stats.bootstrap(
-        (samples,),
-        STATISTICS[statistic],
-        axis=0,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return result.confidence_interval
+    groups = {}
+    for (name, env_id, seed), points in rows.items():
+        part = unfinished.get(" ".join(filter(None, (env_id, name))), {}).get(str(seed), 1.0)
+        groups.setdefault(name, {}).setdefault(env_id, {})[seed] = Curve(*np.array(points).T, part)
+    return groups
 
 
 def aggregate(curves: list[Curve], statistic: str, x: str) -> tuple[np.ndarray, ...]:
@@ -358,8 +367,18 @@ def legend_label(name: str, curves: Curves) -> str:
     return f"{name}, {seeds}" + (f" ({counted(unfinished, 'run')} unfinished)" if unfinished else "")
 
 
-def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args, path: Path) -> None:
-    """Writes the figure as path.png and path.svg: one panel for each environment, one legend for all."""
+def vertical_limits(centers: list[float], bands: list[float]) -> tuple[float, float]:
+    """Where a panel ends: all centers are in it, and bands as long as they do not make the centers small."""
+    low, high = np.nanmin(centers), np.nanmax(centers)
+    if high - low < 1e-6:  # a flat curve needs a scale of its own
+        return low - max(abs(low) / 4, 1), high + max(abs(high) / 4, 1)
+    reach = (high - low) / 4
+    low, high = max(np.nanmin([low, *bands]), low - reach), min(np.nanmax([high, *bands]), high + reach)
+    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+
+def styled_pyplot():
+    """matplotlib.pyplot, for figures that look alike, and the formatter for 100k and 1M."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -372,6 +391,25 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         "axes.titlesize": 12, "axes.titleweight": "bold", "xtick.color": "0.3", "ytick.color": "0.3",
         "text.parse_math": False,  # a name with dollar signs is no formula
     })  # fmt: skip
+    return plt, EngFormatter
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes a figure as path.png and path.svg, the same bytes each time, and closes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind, options in (
+        ("png", {"dpi": 110, "metadata": {"Software": None}}),
+        ("svg", {"metadata": {"Date": None, "Creator": None}}),
+    ):
+        contents = io.BytesIO()
+        figure.savefig(contents, format=kind, **options)
+        write_file(path.with_name(f"{path.name}.{kind}"), contents.getvalue())
+    sys.modules["matplotlib.pyplot"].close(figure)
+
+
+def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict, args: Args, path: Path) -> None:
+    """Writes the figure as path.png and path.svg: one panel for each environment, one legend for all."""
+    plt, EngFormatter = styled_pyplot()
     columns = 2 if len(suite.env_ids) == 4 else min(len(suite.env_ids), 3)
     rows = -(-len(suite.env_ids) // columns)
     size = (max(4.2 * columns, 6), 3.3 * rows + 0.9)
@@ -387,7 +425,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
         if index >= len(suite.env_ids):
             axis.set_axis_off()
             continue
-        env_id, ends = suite.env_ids[index], []
+        env_id, ends, centers, bands = suite.env_ids[index], [], [], []
         for name, curves, color, style in groups:
             if not curves.get(env_id):
                 continue
@@ -396,6 +434,7 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             (line,) = axis.plot(x, center, style, color=color, linewidth=1.9)
             handles[color] = (line, legend_label(name, curves))
             ends.append(x[-1])
+            centers, bands = [*centers, *center], [*bands, *low, *high]
         if not ours.get(env_id):
             axis.text(0.5, 0.5, "no runs yet", color="0.5", ha="center", transform=axis.transAxes)
         if env_id in published and ends:
@@ -405,9 +444,9 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
                 [1.04 * max(ends)], [mean], [deviation], fmt="D", color=PUBLISHED, ms=5, capsize=4, linewidth=1.3
             )
             handles[PUBLISHED] = (marker, suite.published_label)
-        if np.ptp(axis.dataLim.intervaly) < 1e-6 and ends:  # a flat curve needs a scale of its own
-            middle = axis.dataLim.intervaly[0]
-            axis.set_ylim(middle - max(abs(middle) / 4, 1), middle + max(abs(middle) / 4, 1))
+            centers += [mean - deviation, mean + deviation]
+        if ends:
+            axis.set_ylim(*vertical_limits(centers, bands))
         axis.set_title(printable(names[env_id]))
         if index % columns == 0:
             axis.set_ylabel(printable(what))
@@ -417,21 +456,13 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlim(left=0)
         axis.locator_params(axis="both", nbins=6)
-    over = f": {STATISTIC_NAMES[args.statistic]} and 95% bootstrap interval over seeds"
+    over = f": {STATISTIC_NAMES[args.statistic]} and {INTERVALS[args.statistic]} over seeds"
     several = any(len(seeds) > 1 for _, curves, *_ in groups for seeds in curves.values())
     figure.suptitle(printable(suite.title) + over * several, fontsize=12, color="0.25")
     if handles:
         lines, labels = zip(*handles.values())
         figure.legend(lines, map(printable, labels), loc="outside lower center", ncols=len(handles), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for kind, options in (
-        ("png", {"dpi": 110, "metadata": {"Software": None}}),
-        ("svg", {"metadata": {"Date": None, "Creator": None}}),
-    ):
-        contents = io.BytesIO()
-        figure.savefig(contents, format=kind, **options)
-        write_file(path.with_name(f"{path.name}.{kind}"), contents.getvalue())
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(args: Args) -> int:
@@ -440,10 +471,12 @@ def main(args: Args) -> int:
     runs_dir = args.runs_dir or suite.runs_dir
     suffix = "" if args.metric == RETURN else "_" + re.sub(r"[^\w.-]", "-", args.metric)
     data = args.results / f"{suite.name}{suffix}.csv"
-    ours, parts, broken = collect(suite, runs_dir, args.metric)
-    if ours:
+    if suite.has_variants:
+        raise InputError(f"suite {suite.name} has variants: python -m benchmark compare {args.suite} draws them")
+    groups, parts, broken = collect(suite, runs_dir, args.metric)
+    if groups:
         with writing(args.results):
-            write_curves(data, ours, args.metric, parts, args.add)
+            write_curves(data, groups, args.metric, parts, args.add, trained_at(runs_dir))
     elif data.exists():
         note(f"no runs in {runs_dir}: drawing from {data}")
     else:
@@ -457,6 +490,16 @@ def main(args: Args) -> int:
     if args.x == "hours" and all(np.isnan(c.hours).all() for seeds in ours.values() for c in seeds.values()):
         raise InputError(f"{data} does not say how long the runs took")
     others = beside(suite, args, suffix)
+    if args.statistic == "iqm":
+        if few := [env_id for env_id, seeds in ours.items() if len(seeds) < ENOUGH]:
+            raise InputError(f"the interquartile mean needs {ENOUGH} seeds, and {few[0]} has {len(ours[few[0]])}: of "
+                             "few seeds it is little but the median; --statistic mean needs 2")  # fmt: skip
+        for name, curves in list(others.items()):
+            if any(len(seeds) < ENOUGH for seeds in curves.values()):
+                note(
+                    f"{name} is left out: it has fewer than {ENOUGH} seeds, of which an interquartile mean says little"
+                )
+                del others[name]
     published = suite.published if args.metric == RETURN else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, others, published, args)

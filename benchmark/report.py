@@ -55,7 +55,7 @@ def load_runs(args: Args) -> tuple[list[dict], list[str]]:
     for suite in suites if found else ():
         if suite.name not in with_runs:
             note(f"no runs of {suite.name} in {args.runs_dir or suite.runs_dir}")
-    scripts = Counter(Path(suite.script).name for suite in suites)
+    scripts = Counter(Path(variant.script).name for suite in suites for variant in suite.variants.values())
     points, runs = int(np.clip(ALL_POINTS // max(len(found), 1), 30, POINTS)), []
     for suite, job, state in found:
         try:
@@ -65,14 +65,14 @@ def load_runs(args: Args) -> tuple[list[dict], list[str]]:
         if "charts/SPS" not in columns:
             note(f"{state.path.name} is left out: it has not done an update")
             continue
-        updates, script = np.isfinite(columns["charts/SPS"]), Path(suite.script).name
+        updates, script = np.isfinite(columns["charts/SPS"]), Path(job.script).name
         keep = thin_out(updates.sum(), points)
         metrics = {
             name: metric_by_update(columns, name)[keep] for name in columns.keys() - {"global_step", "wall_time"}
         }
         runs.append({
             "name": state.path.name, "env": job.env_id, "seed": str(job.seed), "suite": suite.name,
-            "script": script if scripts[script] == 1 else f"{script} ({suite.name})",
+            "script": script if scripts[script] == 1 else f"{script} ({job.variant or suite.name})",
             "status": "" if state.finished else "running" if state.running else "unfinished",
             "steps": columns["global_step"][updates][keep].astype(int).tolist(),
             "hours": numbers(columns["wall_time"][updates][keep] / 3600),

@@ -2,6 +2,7 @@
 
     python -m benchmark run classic                            # as many runs at a time as there are cores
     python -m benchmark run mujoco --workers 2 --seeds 1 2 3
+    python -m benchmark run ablations_classic --preload        # import the script once, not for each run
     python -m benchmark run atari --launcher slurm --slurm partition=gpu gpus_per_node=1 cpus_per_task=8
 
 Everything that must survive is in files: run directories say how far each run has got, and a lock for each job, which
@@ -13,6 +14,7 @@ A run whose files are broken is neither resumed nor started anew: what can be sa
 """
 
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -37,8 +39,10 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark.files import is_locked, is_running, open_to_append, take_lock
+from benchmark.provenance import provenance
 from benchmark.suite import (
     ROOT,
+    STARTED,
     InputError,
     Job,
     RunState,
@@ -47,10 +51,12 @@ from benchmark.suite import (
     run_state,
     scan_runs,
     script_settings,
+    similar,
     suite_runs,
     writing,
 )
 from benchmark.text import plain, printable
+from benchmark.worker import Forked, close_workers, preloaded, without_usr2
 
 POLL = 1.0  # seconds between two looks at the runs
 DRAWING = 0.005  # of one core's time that drawing the table may take: 13 ms for 15 runs, more for more
@@ -72,10 +78,14 @@ class Args:
     """runs at the same time; default: as many as there are cores"""
     seeds: list[int] | None = None
     """instead of the suite's seeds"""
+    env_ids: list[str] | None = None
+    """only these of the suite's environments"""
     launcher: Literal["local", "slurm"] = "local"
     """where the runs are started: on this machine, or as a job array on a Slurm cluster"""
     slurm: list[str] = field(default_factory=list)
     """NAME=VALUE for Slurm, with submitit's names: partition, time (minutes), cpus_per_task, gpus_per_node, mem, ..."""
+    preload: bool = False
+    """import the script once and fork a process for each run, which spares short runs much of their time"""
     dry_run: bool = False
     """only say what would be started"""
     runs_dir: Path | None = None
@@ -93,8 +103,8 @@ def cores() -> int:
 class Task:
     """A job and what becomes of it."""
 
-    def __init__(self, job: Job, runs_dir: Path):
-        self.job, self.runs_dir = job, runs_dir
+    def __init__(self, job: Job, runs_dir: Path, preload: bool = False):
+        self.job, self.runs_dir, self.preload = job, runs_dir, preload
         self.lock = runs_dir / ".locks" / job.key
         self.log = runs_dir / "logs" / f"{job.key}.log"
         self.log_start = 0  # where this attempt begins in the log
@@ -104,11 +114,11 @@ class Task:
         self.interrupted = False  # the run stopped before its end, and not because of stop()
         self.known: set[Path] = set()  # run directories that were there before
         self.state: RunState | None = None  # of the run directory at hand
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | Forked | None = None
         self.stopping, self.guard = False, threading.RLock()
 
     def __str__(self) -> str:
-        return printable(f"{self.job.env_id} seed {self.job.seed}")
+        return printable(self.job)
 
     def runs(self) -> list[RunState]:
         """The states of the job's runs, oldest first."""
@@ -194,16 +204,16 @@ class Task:
                 if self.stopping:
                     return 0
                 # In a session of its own a terminal's Ctrl-C does not reach the run: stop() does, and only once, for a
-                # second signal kills. It inherits the lock, and keeps it if this process dies. It inherits blocked
-                # signals too: Slurm sends SIGUSR2 to all processes, but only submitit's knows what that means.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-                try:
-                    self.process = subprocess.Popen(
-                        self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                        pass_fds=[descriptor], start_new_session=True,
-                    )  # fmt: skip
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+                # second signal kills. It inherits the lock, and keeps it if this process dies.
+                if self.preload:
+                    worker = preloaded(ROOT / self.job.script, environment, log.fileno())
+                    self.process = worker.start(self.command()[2:], descriptor, log.fileno())
+                else:
+                    with without_usr2():
+                        self.process = subprocess.Popen(
+                            self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                            pass_fds=[descriptor], start_new_session=True,
+                        )  # fmt: skip
         return self.process.wait()
 
     def stop(self, number: int) -> None:
@@ -297,13 +307,16 @@ class Display:
             caption += f"; about {clock(steps / speed)} left"
         # As Text: in a string Rich takes "[red]" for a color and ":x:" for a picture.
         title = Text(printable(self.title), "table.title")
-        table = Table("environment", "seed", "status", "steps", "steps/s", "return", "left", title=title)
+        variants = any(task.job.variant for task in self.tasks)
+        heads = ["environment", *["variant"] * variants, "seed", "status", "steps", "steps/s", "return", "left"]
+        table = Table(*heads, title=title)
         table.caption, table.caption_justify = caption, "left"
         order = ["running", "elsewhere", "failed", "broken", "stopped", "waiting", "finished"]
         for task in sorted(self.tasks, key=lambda task: order.index(task.status)):
             status, *cells = progress(task)
-            name, style = Text(printable(task.job.env_id)), STYLES.get(task.status, "")
-            table.add_row(name, str(task.job.seed), Text(status, style), *cells)
+            names = [task.job.env_id, *[task.job.variant] * variants, task.job.seed]
+            names = [Text(printable(name)) for name in names]
+            table.add_row(*names, Text(status, STYLES.get(task.status, "")), *cells)
         return table
 
 
@@ -380,6 +393,7 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
                     task.status = "waiting"  # the others have ended; what they have left undone is done here
                     pending.add(pool.submit(task.run, threads))
             display.update()
+    close_workers()
     return stop.count > 0
 
 
@@ -432,6 +446,8 @@ def main(args: Args) -> int:
         raise InputError(f"--seeds takes whole numbers from 0, not {' '.join(map(str, args.seeds)) or 'nothing'}")
     if args.slurm and args.launcher != "slurm":
         raise InputError("--slurm needs --launcher slurm")
+    if args.preload and (args.launcher == "slurm" or not hasattr(os, "fork")):
+        raise InputError("--preload works with --launcher local only, on Linux and macOS")
     if args.launcher == "slurm":
         from benchmark.slurm import check_place, parse_options, run_slurm
 
@@ -441,9 +457,13 @@ def main(args: Args) -> int:
     except ValueError as error:
         raise InputError(f"--extra: {error}") from error
     suite = load_suite(args.suite, extra)
+    for env_id in args.env_ids or ():
+        if env_id not in suite.env_ids:
+            raise InputError(f"suite {suite.name} has no environment {env_id}{similar(env_id, suite.env_ids)}")
     runs_dir = (args.runs_dir or suite.runs_dir).resolve()
     states = suite_runs(suite, runs_dir, args.seeds)
-    tasks = [Task(job, runs_dir) for job in suite.jobs(args.seeds)]
+    tasks = [Task(job, runs_dir, args.preload) for job in suite.jobs(args.seeds)
+             if job.env_id in (args.env_ids or suite.env_ids)]  # fmt: skip
     for task in tasks:
         task.state = states.get(task.job)
         task.judge()
@@ -454,6 +474,9 @@ def main(args: Args) -> int:
     if args.launcher == "slurm":
         check_place(runs_dir)
     prepare(runs_dir)
+    if todo:
+        with writing(runs_dir), open_to_append(runs_dir / STARTED) as file:
+            file.write((json.dumps(provenance()) + "\n").encode())
     display = Display(tasks, suite.title)
     if args.launcher == "slurm" and todo:
         stopped = run_slurm(todo, suite, runs_dir, options, args.workers, display)

@@ -1,8 +1,9 @@
 """Suites, their jobs, and the run directories that belong to them.
 
-A suite is a TOML file: one script with one group of settings, trained in several environments with several seeds. A job
-is one environment and one seed of it. A run is a directory that a script has written for a job. Nothing here imports a
-script: its settings are read from its source, and what a run has reached from the end of its metrics.jsonl.
+A suite is a TOML file: one script with one group of settings, trained in several environments with several seeds, or
+variants of that: each changes flags, or names another script, such as the user's copy. A job is one environment and one
+seed of one variant. A run is a directory that a script has written for a job. Nothing here imports a script: its
+settings are read from its source, and what a run has reached from the end of its metrics.jsonl.
 """
 
 import ast
@@ -29,6 +30,9 @@ REFERENCE = ROOT / "benchmark" / "reference"
 # Of lines that may be torn only a number that something follows is whole.
 RETURNS = rb'"charts/episodic_return": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)[,}]'
 SPEEDS = rb'"charts/SPS": (\d+)[,}]'
+STARTED = (
+    "started.jsonl"  # beside the run directories: command, commit, versions and machine of each start of the suite
+)
 TAIL = 16 * 1024  # bytes at the end of metrics.jsonl that tell what a run has reached
 BY_HARNESS = {"env_id", "seed", "runs_dir", "resume", "evaluate"}  # settings that a suite's flags must leave alone
 SIZES = ("num_envs", "num_steps", "total_timesteps")  # settings that say how many steps a run has
@@ -52,13 +56,17 @@ def writing(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: an environment and a seed."""
+    """One training: an environment, a seed and, in a suite that has some, a variant."""
 
     script: str  # relative to the repository, or absolute
     env_id: str
     seed: int
     flags: tuple[str, ...]
     exp_name: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.env_id, self.variant, f"seed {self.seed}")))
 
     @property
     def name(self) -> str:
@@ -75,23 +83,57 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What is trained: a script and its flags."""
+
+    name: str  # also that of the experiment; empty in a suite without variants
+    script: str  # relative to the repository, or absolute
+    flags: dict[str, tuple[str, ...]]  # by environment
+    settings: dict[str, dict]  # by environment: what config.json of its runs must say, without what is FREE
+    exp_name: str
+    changes: tuple[str, ...] = ()  # what the suite's file says of it: a script, flags
+
+
+@dataclass(frozen=True)
 class Suite:
     """What one figure shows."""
 
     name: str
     title: str
-    script: str
     env_ids: tuple[str, ...]
     seeds: tuple[int, ...]
-    flags: dict[str, tuple[str, ...]]  # by environment
-    settings: dict[str, dict]  # by environment: what config.json of its runs must say, without what is FREE
+    variants: dict[str, Variant]  # one without a name, or several, of which the first is what others are compared with
     reference: str | None = None  # file in benchmark/reference with curves of the official code
     reference_label: str = "official code"
     compare: tuple[str, ...] = ()  # files of other suites whose curves are drawn beside
     published: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and deviation of the final return
     published_label: str = "article"
     steps_label: str = "environment steps"
-    exp_name: str = ""
+
+    @property
+    def baseline(self) -> Variant:
+        """The first variant, or the only one."""
+        return next(iter(self.variants.values()))
+
+    @property
+    def script(self) -> str:
+        """That of the first variant."""
+        return self.baseline.script
+
+    @property
+    def flags(self) -> dict[str, tuple[str, ...]]:
+        """Those of the first variant."""
+        return self.baseline.flags
+
+    @property
+    def settings(self) -> dict[str, dict]:
+        """Those of the first variant."""
+        return self.baseline.settings
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether its file names variants."""
+        return "" not in self.variants
 
     @property
     def runs_dir(self) -> Path:
@@ -99,9 +141,13 @@ class Suite:
         return Path("runs") / self.name
 
     def jobs(self, seeds: Iterable[int] | None = None) -> list[Job]:
-        """All jobs; every environment's first seed comes before any one's second."""
-        chosen = dict.fromkeys(self.seeds if seeds is None else seeds)
-        return [Job(self.script, env, seed, self.flags[env], self.exp_name) for seed in chosen for env in self.env_ids]
+        """All jobs; every environment's and variant's first seed comes before any one's second."""
+        return [
+            Job(variant.script, env, seed, variant.flags[env], variant.exp_name, variant.name)
+            for seed in dict.fromkeys(self.seeds if seeds is None else seeds)
+            for env in self.env_ids
+            for variant in self.variants.values()
+        ]
 
 
 def similar(word: str, words: Iterable[str], prefix: str = "") -> str:
@@ -248,6 +294,15 @@ KEYS = {
         lambda value: isinstance(value, dict) and all(list_of(str, flags) for flags in value.values()),
         "a table of lists of strings",
     ),
+    "variants": (
+        lambda value: (
+            isinstance(value, dict)
+            and "" not in value
+            and len(value) > 1
+            and all(list_of(str, v) for v in value.values())
+        ),
+        "a table of two or more lists of strings: a script, flags, or both",
+    ),
     "reference": (text, "a string"),
     "reference_label": (text, "a string"),
     "compare": (lambda value: different(str, value), "a list of names of suites"),
@@ -297,27 +352,51 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
             raise InputError(f"{path}: there is no suite {name} to compare with")
         table["compare"][index] = str(found[0])
 
-    # A script beside the suite's file comes before one of this repository.
-    beside = path.resolve().parent / table["script"]
-    script = beside if beside.is_file() else ROOT / table["script"]
-    if not script.is_file():
-        raise InputError(f"{path}: its script {table['script']} does not exist")
-    known = script_settings(script)
-    defaults = {name: default for name, (_, default) in known.items()}
-    flags = parse_flags((*table.get("flags", ()), *extra_flags), known, script.name)
-    exp_name = flags.get("exp_name") or defaults.get("exp_name") or script.stem
-    common, special, settings = table.get("flags", ()), table.pop("env_flags", {}), {}
-    if any("exp_name" in parse_flags(words, known, script.name) for words in special.values()):
-        raise InputError(f"{path}: --exp-name must be the same for all environments")
-    table["flags"] = {env: (*common, *special.get(env, ()), *extra_flags) for env in table["env_ids"]}
-    for env_id, words in table["flags"].items():
-        given = defaults | parse_flags(words, known, script.name)
-        settings[env_id] = {name: value for name, value in given.items() if name not in FREE}
-    table["script"] = str(script.relative_to(ROOT) if script.is_relative_to(ROOT) else script)
+    special, words = table.pop("env_flags", {}), table.pop("variants", None)
+    for env_id, flags in special.items():
+        if any(re.match("--exp[-_]name(=|$)", flag) for flag in flags):
+            raise InputError(f"{path}: --exp-name must be the same for all environments")
+    common = {env: (*table.get("flags", ()), *special.get(env, ())) for env in table["env_ids"]}
+    script = table.pop("script")
+    table.pop("flags", None)
+    variants = {
+        name: load_variant(path, name, script, common, tuple(changes), tuple(extra_flags))
+        for name, changes in (words or {"": ()}).items()
+    }
     for key in ("env_ids", "seeds", "compare"):
         table[key] = tuple(table.get(key, ()))
     table["published"] = {env_id: tuple(pair) for env_id, pair in table.get("published", {}).items()}
-    return Suite(name=path.stem, settings=settings, exp_name=exp_name, **table)
+    return Suite(name=path.stem, variants=variants, **table)
+
+
+def load_variant(
+    path: Path, name: str, script: str, common: dict[str, tuple[str, ...]], changes: tuple[str, ...],
+    extra_flags: tuple[str, ...],
+) -> Variant:  # fmt: skip
+    """A suite's variant: what all have in common, with its changes, which may begin with another script.
+
+    Raises InputError if a script or a flag does not exist.
+    """
+    own = changes[1:] if changes and changes[0].endswith(".py") else changes
+    script = changes[0] if len(own) < len(changes) else script
+    # A script beside the suite's file comes before one of this repository.
+    beside = path.resolve().parent / script
+    file = beside if beside.is_file() else ROOT / script
+    if not file.is_file():
+        raise InputError(f"{path}: its script {script} does not exist")
+    known = script_settings(file)
+    defaults = {setting: default for setting, (_, default) in known.items()}
+    if "exp_name" in parse_flags(own, known, file.name):
+        raise InputError(f"{path}: --exp-name cannot be one of a variant's flags: it is the variant's name")
+    named = (f"--exp-name={name}",) if name else ()
+    flags = {env: (*words, *own, *named, *extra_flags) for env, words in common.items()}
+    given = {env: defaults | parse_flags(words, known, file.name) for env, words in flags.items()}
+    exp_name = next(iter(given.values())).get("exp_name") or file.stem
+    if name and exp_name != name:
+        raise InputError(f"{path}: --exp-name is the variant's name, and cannot be {exp_name}")
+    settings = {env: {key: value for key, value in all_.items() if key not in FREE} for env, all_ in given.items()}
+    shown = str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+    return Variant(name, shown, flags, settings, exp_name, changes)
 
 
 @dataclass(frozen=True)
@@ -489,10 +568,10 @@ def run_state(run_dir: Path, known: dict[str, tuple[str, object]] | None = None)
     )
 
 
-def differences(suite: Suite, env_id: str, config: dict) -> list[str]:
-    """In what a run's settings differ from the suite's; one that its script did not have yet counts as the default."""
-    defaults = script_settings(ROOT / suite.script)
-    pairs = {name: (config.get(name, defaults[name][1]), value) for name, value in suite.settings[env_id].items()}
+def differences(variant: Variant, env_id: str, config: dict) -> list[str]:
+    """In what a run's settings differ from a variant's; one that its script did not have yet counts as the default."""
+    defaults = script_settings(ROOT / variant.script)
+    pairs = {name: (config.get(name, defaults[name][1]), value) for name, value in variant.settings[env_id].items()}
     return [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in pairs.items() if not same(theirs, ours)]
 
 
@@ -511,7 +590,7 @@ def suite_runs(suite: Suite, runs_dir: Path, seeds: Iterable[int] | None = None)
     for job in suite.jobs(seeds):
         states = job_runs(runs, job)[::-1]
         for state in states:
-            if not state.problem and (different := differences(suite, job.env_id, state.config)):
+            if not state.problem and (different := differences(suite.variants[job.variant], job.env_id, state.config)):
                 raise InputError(
                     f"mixed configurations: {state.path} has {', '.join(different)} (suite {suite.name}); "
                     "move it away, or give another --runs-dir"

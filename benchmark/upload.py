@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from benchmark.files import write_file
-from benchmark.suite import ROOT, InputError, RunState, Suite, load_suite, parse_line, suite_runs
+from benchmark.suite import ROOT, InputError, Job, RunState, Suite, load_suite, parse_line, suite_runs
 from benchmark.text import printable
 
 RECORD = "uploaded.json"
@@ -68,11 +68,11 @@ def local_contents(run_dir: Path) -> dict:
     return {"lines": lines, "videos": [path.name for path in videos(run_dir)]}
 
 
-def send(args: Args, suite: Suite, state: RunState, first_line: int) -> None:
+def send(args: Args, suite: Suite, job: Job, state: RunState, first_line: int) -> None:
     """Sends a run to Weights & Biases; offline, its metrics from first_line on. Raises what wandb raises."""
     import wandb
 
-    script, name = ROOT / suite.script, state.path.resolve().name
+    script, name = ROOT / job.script, state.path.resolve().name
     if (state.path / "wandb").is_symlink():
         raise ValueError("its folder wandb is a symbolic link")
     rows = [parse_line(line) for line in (state.path / "metrics.jsonl").read_bytes().splitlines()]
@@ -120,7 +120,7 @@ def main(args: Args) -> int:
         raise InputError("WANDB_MODE is disabled: nothing would be sent")
     destination = f"{args.entity or 'default'}/{args.project}" + (f" ({mode})" if mode != "online" else "")
     counts, in_a_row = {"sent": 0, "there already": 0, "unfinished": 0, "broken": 0, "failed": 0}, 0
-    for state in runs.values():
+    for job, state in runs.items():
         if not state.finished:
             reasons = {"broken": state.problem, "running": "it is still running"}
             reason = reasons.get(state.status, "it is unfinished")
@@ -132,7 +132,7 @@ def main(args: Args) -> int:
             counts["there already"] += 1
             continue
         try:
-            send(args, suite, state, record.get(destination, {}).get("lines", 0))
+            send(args, suite, job, state, record.get(destination, {}).get("lines", 0))
             write_file(state.path / RECORD, json.dumps(record | {destination: contents}, indent=1) + "\n")
         except Exception as error:  # wandb raises errors of many kinds
             counts["failed"] += 1

@@ -2,7 +2,7 @@
 
     python docs/index_details.py
 
-The lines come from the tags in the scripts and the effects from benchmark/results/ablations_*.csv; a test holds the
+The lines come from the tags in the scripts and the effects from benchmark/results/*_effects.csv; a test holds the
 page up to date.
 """
 
@@ -22,8 +22,7 @@ SCRIPTS = (
     "ppo_procgen.py",
     "ppo_multidiscrete.py",
 )
-ABLATIONS = {"ppo.py": "ablations_classic.csv", "ppo_continuous.py": "ablations_mujoco.csv",
-             "ppo_lstm.py": "ablations_lstm.csv"}  # fmt: skip
+EFFECTS_OF = {"ppo.py": "ablations_classic", "ppo_continuous.py": "ablations_mujoco", "ppo_lstm.py": "ablations_lstm"}
 
 # tag: (what it is, flags that switch it, name of its test)
 DETAILS = {
@@ -221,10 +220,16 @@ def test_file(name: str) -> str:
 def effects() -> list[str]:
     """A row for each detail that was ablated."""
     rows = []
-    for script, name in ABLATIONS.items():
-        for row in csv.DictReader((ROOT / "benchmark/results" / name).read_text().splitlines()):
-            if row["flags"]:
-                rows.append(f"| {row['tag']} | {script} `{row['flags']}` | {row['effect']} |")
+    for script, name in EFFECTS_OF.items():
+        cells = {}
+        for row in csv.DictReader((ROOT / f"benchmark/results/{name}_effects.csv").read_text().splitlines()):
+            if row["difference"]:
+                half = (float(row["high"]) - float(row["low"])) / 2
+                key = row["tags"], row["flags"], row["env_id"]
+                cells.setdefault(key, {})[row["measure"]] = f"{float(row['difference']):+.0f} +- {half:.0f}"
+        for (tags, flags, _), effect in cells.items():
+            both = f"{effect['curve']} over the run, {effect['final']} at its end"
+            rows.append(f"| {tags} | {script} `{flags}` | {both} |")
     return rows
 
 

@@ -1,8 +1,8 @@
 """Stands for a training script in the harness's tests: the same files, flags and signals, but nothing is learned.
 
-What it does depends on the environment: Crash-v0 raises in its third update, Wait-v0 stops after three updates until
-there is a file "go", Deaf-v0 does so too but ignores signals, and Slow-v0 says in a file "stopping" that it has had a
-signal, and ends when there is a file "stop".
+What it does depends on the environment: Crash-v0 raises in its third update, Exit-v0 ends its process there, Wait-v0
+stops after three updates until there is a file "go", Deaf-v0 does so too but ignores signals, and Slow-v0 says in a
+file "stopping" that it has had a signal, and ends when there is a file "stop".
 """
 
 import fcntl
@@ -67,6 +67,7 @@ def main() -> int:
         print(f"stand_in.py: error: {path} is still running: another process writes to it", file=sys.stderr)
         return 2
     (path / "config.json").write_text(json.dumps(settings))
+    print("process", os.getpid())
     print(f"{os.environ.get('OMP_NUM_THREADS')} threads", flush=True)
     metrics.truncate(metrics_bytes)
     batch, env_id = settings["num_envs"] * settings["num_steps"], settings["env_id"]
@@ -81,6 +82,8 @@ def main() -> int:
             time.sleep(0.01)
         if update == 2 and env_id == "Crash-v0" and not Path("go").exists():
             raise RuntimeError("the pole is on fire")
+        if update == 2 and env_id == "Exit-v0" and not Path("go").exists():
+            os._exit(7)
         update += 1
         row = {"global_step": update * batch, "wall_time": update}
         metrics.write((json.dumps(row | {"charts/episodic_return": float(update)}) + "\n").encode())

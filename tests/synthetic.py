@@ -25,24 +25,28 @@ def make_suite(folder: Path, env_ids=("A-v0", "B-v0"), seeds=(1, 2, 3), updates=
     """Writes a suite of ppo.py; returns its file."""
     table = {"title": "Made up", "script": "ppo.py", "env_ids": list(env_ids), "seeds": list(seeds)}
     table |= {"flags": ["--total-timesteps", str(updates * BATCH)]} | entries
-    published = table.pop("published", {})
+    published, variants = table.pop("published", {}), table.pop("variants", {})
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     lines += ["[published]"] * bool(published) + [
         f"{json.dumps(env)} = {list(pair)}" for env, pair in published.items()
     ]
+    lines += ["[variants]"] * bool(variants) + [f"{json.dumps(key)} = {json.dumps(v)}" for key, v in variants.items()]
     (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
     return folder / f"{name}.toml"
 
 
-def make_run(runs_dir: Path, env_id: str, seed: int, returns, total=20, episodes=True, entropy=0.5, **settings) -> Path:
+def make_run(
+    runs_dir: Path, env_id: str, seed: int, returns, total=20, episodes=True, entropy=0.5, exp_name="ppo", **settings
+) -> Path:
     """Writes the run directory of ppo.py with an update for each of the returns.
 
     In each update, which takes 36 seconds, one episode ends with that return; without episodes none ever does.
     """
-    path = runs_dir / re.sub(r"[^\w.-]", "-", f"{env_id}__ppo__{seed}__{1_700_000_000 + seed}")
+    path = runs_dir / re.sub(r"[^\w.-]", "-", f"{env_id}__{exp_name}__{seed}__{1_700_000_000 + seed}")
     path.mkdir(parents=True)
     config = {"env_id": env_id, "seed": seed, "num_envs": 4, "num_steps": 128, "total_timesteps": total * BATCH}
-    (path / "config.json").write_text(json.dumps(config | {"compile": False} | settings))
+    config |= {"exp_name": exp_name, "compile": False}
+    (path / "config.json").write_text(json.dumps(config | settings))
     with open(path / "metrics.jsonl", "w") as file:
         for update, value in enumerate(returns, start=1):
             time = {"wall_time": 36.0 * update}

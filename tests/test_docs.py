@@ -200,7 +200,7 @@ def test_the_readmes_commands_work(command, finished_run, tmp_path):
 def test_the_readmes_other_flags_exist():
     """Those of the commands that need a GPU, and those named in sentences."""
     known = {field.name for script in SCRIPTS for field in fields(module(script).Args)}
-    known |= {"help", "nproc_per_node", "index_url"}
+    known |= {"help", "nproc_per_node", "index_url", "preload", "forest"}  # the last two are the harness's
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)):
         name = flag.replace("-", "_")
         assert name in known or name.removeprefix("no_") in known, flag
@@ -231,12 +231,25 @@ def test_the_readmes_environment_can_be_trained(tmp_path):
 def test_the_readmes_suite_can_be_run(tmp_path):
     """With the README's environment, and a copy of a script beside the suite's file."""
     (tmp_path / "reach.py").write_text(block("python", "class Reach"))
-    (tmp_path / "reach.toml").write_text(block("toml", "my_ppo.py"))
+    (tmp_path / "reach.toml").write_text(block("toml", "reach:Reach"))
     shutil.copy(ROOT / "ppo_continuous.py", tmp_path / "my_ppo.py")
     command = [sys.executable, "-m", "benchmark", "run", "reach.toml", "--seeds", "2", "--extra=--total-timesteps 2048"]
     execute(command, tmp_path)
     (run,) = (tmp_path / "runs/reach").glob("reach*Reach-v0__my_ppo__2__*")
     assert json.loads((run / "config.json").read_text())["total_timesteps"] == 2048
+
+
+@pytest.mark.slow
+def test_the_readmes_comparison_works(tmp_path):
+    """With fewer steps, in one environment, with two seeds."""
+    shutil.copy(ROOT / "ppo.py", tmp_path / "my_ppo.py")
+    (tmp_path / "mine.toml").write_text(block("toml", 'my_ppo.py"]').replace("100000", "1024"))
+    run, compare = (shlex.split(line)[1:] for line in block("bash", "benchmark compare").splitlines())
+    execute([sys.executable, *run, "--seeds", "1", "2", "--env-ids", "CartPole-v1"], tmp_path)
+    printed = execute([sys.executable, *compare], tmp_path)
+    (row,) = [line for line in printed.splitlines() if line.startswith("| CartPole-v1 | mine |")]
+    assert "| +0.0 | " in row and "Welch's t, 2 seeds" in row  # the copy is the same
+    assert {path.name for path in (tmp_path / "compare").glob("*.png")} == {"mine.png", "mine_forest.png"}
 
 
 def test_the_readmes_agent_can_be_loaded(finished_run, tmp_path):

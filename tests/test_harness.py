@@ -6,6 +6,7 @@ do the same to ppo.py.
 
 import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
@@ -28,9 +29,9 @@ from conftest import ROOT
 from rich.console import Console
 
 import benchmark.run
+import benchmark.worker
 from benchmark import files, suite
 from benchmark.__main__ import main
-from benchmark.ablations import STUDIES
 from benchmark.suite import InputError, load_suite, read_metrics, run_state, scan_runs, suite_runs
 
 WAIT = 300  # seconds after which a test gives up; a busy machine takes long to start a process
@@ -126,7 +127,8 @@ def test_suites_of_the_repository():
     for path in suite.SUITES.glob("*.toml"):
         loaded = load_suite(path.stem)
         jobs = loaded.jobs()
-        assert len({job.name for job in jobs}) == len(loaded.env_ids) * len(loaded.seeds) == len(jobs)
+        sizes = len(loaded.env_ids), len(loaded.seeds), len(loaded.variants)
+        assert len({job.name for job in jobs}) == math.prod(sizes) == len(jobs)
         assert loaded.runs_dir == Path("runs") / path.stem
 
 
@@ -153,14 +155,6 @@ def test_flags_mean_what_they_mean_to_the_script(flags):
     settings = load_suite("classic", flags).settings["CartPole-v1"]
     expected = asdict(importlib.import_module("ppo").parse_args(["--compile", *flags]))
     assert settings == {name: value for name, value in expected.items() if name not in suite.FREE}
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_flags_of_ablations_exist(name):
-    study = STUDIES[name]
-    known = suite.script_settings(ROOT / study.script)
-    for _, flags in study.variants:
-        assert suite.parse_flags(f"{study.flags} {flags}".split(), known, study.script)
 
 
 LISTS = """class Algorithm:
@@ -215,7 +209,71 @@ def test_flags_of_one_environment():
         suite_runs(made, Path("runs/suite"))
 
 
+def write_variants(**variants: list[str]) -> None:
+    """Writes suite.toml with variants; copy.py is a copy of the stand-in beside it."""
+    write_suite("A-v0", "B-v0", flags=("--gamma", "0.9"))
+    Path("copy.py").write_text(STAND_IN.read_text())
+    with open("suite.toml", "a") as file:
+        file.write("".join(["[variants]\n", *(f"{key} = {json.dumps(words)}\n" for key, words in variants.items())]))
+
+
+def test_variants():
+    """Each has its own script, flags and settings, and its name is that of the experiment."""
+    write_variants(default=[], near=["--gamma", "0.5"], mine=["copy.py", "--num-envs", "4"])
+    made = load_suite("suite.toml", ["--num-steps", "2"])
+    assert made.has_variants and made.baseline.name == "default"
+    assert [(job.env_id, job.variant) for job in made.jobs()] == list(itertools.product(
+        ("A-v0", "B-v0"), ("default", "near", "mine")))  # fmt: skip
+    assert [Path(variant.script).name for variant in made.variants.values()] == [
+        "stand_in.py",
+        "stand_in.py",
+        "copy.py",
+    ]
+    assert made.jobs()[2].flags == ("--gamma", "0.9", "--num-envs", "4", "--exp-name=mine", "--num-steps", "2")
+    assert made.jobs()[2].name == "A-v0__mine__1"
+    settings = [variant.settings["B-v0"] for variant in made.variants.values()]
+    assert [(each["gamma"], each["num_envs"], each["exp_name"]) for each in settings] == [
+        (0.9, 2, "default"), (0.5, 2, "near"), (0.9, 4, "mine")]  # fmt: skip
+
+
+def test_run_of_variants(capsys):
+    """Shown by name, extended by a seed and a variant; what is there is left alone, and other settings are refused."""
+    variants = {"default": [], "mine": ["copy.py"]}
+    write_variants(**variants)
+    assert run("--dry-run", "--env-ids", "B-v0") == 0
+    assert capsys.readouterr().out == "B-v0 default seed 1: start\nB-v0 mine seed 1: start\n"
+    assert run("--env-ids", "B-v0", "--preload") == 0
+    assert "B-v0 mine seed 1: finished, 64/64" in capsys.readouterr().out
+    names = ["B-v0__default__1", "B-v0__mine__1"]
+    assert_complete(*names)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*/*/*") if path.is_file()}
+    write_variants(**variants, third=["--gamma", "0.25"])
+    assert run("--seeds", "1", "2", "--env-ids", "B-v0") == 0
+    assert_complete(*names, "B-v0__third__1", *(f"B-v0__{name}__2" for name in ("default", "mine", "third")))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    started = [json.loads(line) for line in Path("runs/suite/started.jsonl").read_text().splitlines()]
+    assert len(started) == 2 and all(facts["commit"] for facts in started)
+    write_variants(**variants, third=["--gamma", "0.3"])
+    assert run() == 2
+    assert "B-v0__third__1" in capsys.readouterr().err
+    tasks = [benchmark.run.Task(job, Path("runs")) for job in load_suite("suite.toml").jobs()]
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))
+    console.print(benchmark.run.Display(tasks, "A suite").table())
+    assert re.search(
+        r"environment +┃ variant +┃ seed .*B-v0 +│ third +│ 1 +│ waiting", console.export_text(), re.DOTALL
+    )
+
+
+BAD_VARIANTS = "variants must be a table of two or more lists of strings"
 BAD_SUITES = [
+    ("variants = 3", BAD_VARIANTS),
+    ("variants = {a = []}", BAD_VARIANTS),
+    ('variants = {a = [], b = "--compile"}', BAD_VARIANTS),
+    ('variants = {a = [], "" = []}', BAD_VARIANTS),
+    ('variants = {a = [], b = ["nope.py"]}', "its script nope.py does not exist"),
+    ('variants = {a = [], b = ["--compil"]}', "ppo.py has no flag --compil; did you mean --compile?"),
+    ('variants = {a = [], b = ["--gamma"]}', "--gamma needs a value"),
+    ('variants = {a = [], b = ["--exp-name", "c"]}', "--exp-name cannot be one of a variant's flags"),
     ("title = ", "Invalid value"),
     ("", "title and script and env_ids and seeds missing"),
     ('titel = "a"', "unknown key titel; did you mean title?"),
@@ -266,22 +324,22 @@ def test_bad_suite(text, message, capsys):
 
 BAD_COMMANDS = [
     ("rum classic", "there is no command rum; did you mean run?"),
-    ("run clasic", "there is no suite clasic; did you mean classic?"),
-    ("run xyz", "there is no suite xyz; there are atari, classic, lstm, "),
+    ("run clasic", "there is no suite clasic; did you mean classic"),
+    ("run xyz", "there is no suite xyz; there are ablations_classic, "),
     ("run xyz.toml", "cannot read the suite xyz.toml: "),
     ("run classic --workers 0", "--workers must be at least 1, not 0"),
     ("run classic --workers 1.5", "error: --workers takes INT, not '1.5'"),
     ("run classic --seeds 1..3", "error: --seeds takes [INT [INT ...]], not '1..3'"),
     ("run classic --dry-run --seeds -1 2", "--seeds takes whole numbers from 0, not -1 2"),
     ("run classic --dry-run --seeds", "--seeds takes whole numbers from 0, not nothing"),
+    ("run classic --env-ids CartPole-v0", "suite classic has no environment CartPole-v0; did you mean CartPole-v1?"),
+    ("run classic --preload --launcher slurm", "--preload works with --launcher local only"),
     ("run classic --dry-run --slurm time=3", "--slurm needs --launcher slurm"),
     ("run classic --wrokers 2", "Unrecognized options: --wrokers"),
     ("run classic --extra=--gama", "ppo.py has no flag --gama; did you mean --gamma"),
     ("run classic --extra='", "--extra: No closing quotation"),
     ("run", "Missing"),
     ("report", "which suites?"),
-    ("ablations classic --runs-dir /dev/null --workers 0", "--workers must be at least 1, and --seeds at least 2"),
-    ("ablations classic --runs-dir /dev/null --seeds 1", "--workers must be at least 1, and --seeds at least 2"),
 ]
 
 
@@ -500,7 +558,7 @@ def test_run(capsys):
     output = capsys.readouterr().out
     assert "Good-v0 seed 1: finished, 64/64, 100 steps/s, return 4.5\n" in output
     assert output.endswith("2 of 2 finished\n")
-    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*/*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*/*/*") if path.is_file()}
     assert run() == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert run("--seeds", "2", "1") == 0
@@ -536,11 +594,65 @@ def test_crash(capsys):
     assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Good", "Crash", "Other")))
 
 
-def test_a_script_that_cannot_start(capsys):
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_script_that_cannot_start(capsys, preload):
     write_suite("Good-v0", script="broken.py")
     Path("broken.py").write_text("class Args:\n    seed: int = 1\n\nimport no_such_module\n")
-    assert run() == 1
+    assert run(*["--preload"] * preload) == 1
     assert "ModuleNotFoundError: No module named 'no_such_module'" in capsys.readouterr().out
+
+
+def test_preloaded(capsys):
+    """Whatever a run does to its process, the others of the same worker neither see nor suffer it."""
+    write_suite("Crash-v0", "Good-v0", "Exit-v0", "Other-v0", flags=("--gamma", "0.5"))
+    assert run("--workers", "1", "--preload") == 1
+    output = capsys.readouterr().out
+    assert "Crash-v0 seed 1 failed: exit code 1 (" in output and "    RuntimeError: the pole is on fire\n" in output
+    assert "Exit-v0 seed 1 failed: exit code 7 (" in output
+    assert "Good-v0 seed 1: finished" in output and "Other-v0 seed 1: finished" in output
+    logs = [path.read_text() for path in Path("runs/suite/logs").iterdir()]
+    assert len({re.search(r"process (\d+)", log)[1] for log in logs}) == 4  # each in a process of its own
+    assert len({config["gamma"] for path in Path("runs/suite").glob("*/config.json")
+                for config in [json.loads(path.read_text())]}) == 1  # fmt: skip
+    assert not benchmark.worker.workers
+    Path("go").touch()
+    assert run("--preload") == 0
+    assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Crash", "Good", "Exit", "Other")))
+
+
+@pytest.mark.parametrize("victim", ["run", "worker"])
+def test_preloaded_run_is_killed(victim):
+    """The run alone, or the process that forked it, without which nobody would learn of its end."""
+    write_suite("Wait-v0", "Good-v0")
+    harness = Harness("--workers", "1", "--preload")
+    harness.wait_for(reached("Wait-v0"))
+    process = int(re.search(r"process (\d+)", Path("runs/suite/logs/Wait-v0__stand_in__1.log").read_text())[1])
+    parent = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+    os.kill(process if victim == "run" else parent, signal.SIGKILL)
+    assert harness.end() == 1
+    output = harness.output.read_text()
+    assert "Wait-v0 seed 1 failed: killed by SIGKILL (" in output and "Good-v0 seed 1: finished" in output
+    assert not files.is_running(runs()["Wait-v0__stand_in__1"][0])
+    Path("go").touch()
+    assert run() == 0
+    assert_complete("Wait-v0__stand_in__1", "Good-v0__stand_in__1")
+
+
+def test_preloaded_harness_is_stopped_or_killed():
+    """Ctrl-C ends its runs, which write checkpoints; without it they go on, and nothing starts them twice."""
+    write_suite("Wait-v0")
+    harness = Harness("--preload")
+    harness.wait_for(reached("Wait-v0"))
+    assert harness.end(signal.SIGINT) == 130
+    assert "0 of 1 finished, 1 stopped\n" in harness.output.read_text()
+    harness = Harness("--preload")
+    harness.wait_for(lambda: files.is_running(runs()["Wait-v0__stand_in__1"][0]))
+    assert harness.end(signal.SIGKILL) == -signal.SIGKILL
+    harness = Harness("--preload")
+    harness.wait_for(lambda: "elsewhere" in harness.output.read_text())
+    Path("go").touch()
+    assert harness.end() == 0
+    assert_complete("Wait-v0__stand_in__1")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
