@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "say whether variants or suites differ: differences with intervals, figure and tables",
     "sweep": "search for good values of flags with Optuna",
     "report": "make one interactive page of all runs of suites",
+    "export": "write a suite's metrics as event files for TensorBoard",
     "upload": "send a suite's runs to Weights & Biases",
     "throughput": "measure the speed of training, side by side with other programs",
 }
