@@ -21,7 +21,9 @@ COMMANDS = {
     "run": "start what is missing of a suite, resume what was interrupted, skip what is finished",
     "plot": "draw a suite's learning curves, and write its table",
     "compare": "say whether variants or suites differ: differences with intervals, figure and tables",
+    "sweep": "search for good values of flags with Optuna",
     "report": "make one interactive page of all runs of suites",
+    "export": "write a suite's metrics as event files for TensorBoard",
     "upload": "send a suite's runs to Weights & Biases",
     "throughput": "measure the speed of training, side by side with other programs",
 }

@@ -34,10 +34,11 @@ def without_usr2() -> Iterator[None]:
 
 
 class Forked:
-    """A run that a worker has forked, with what is needed of subprocess.Popen."""
+    """A run that a worker forks, with what is needed of subprocess.Popen."""
 
-    def __init__(self, worker: "Worker", pid: int):
-        self.worker, self.pid, self.code = worker, pid, None
+    def __init__(self, worker: "Worker"):
+        # While the worker still imports, a signal for the run ends the worker.
+        self.worker, self.pid, self.code = worker, worker.process.pid, None
 
     def poll(self) -> int | None:
         """The exit code, if the end is known."""
@@ -48,6 +49,10 @@ class Forked:
 
         If the worker dies the run is killed, for nobody would learn of its end.
         """
+        if (pid := self.worker.answer()) is None:  # the script cannot be imported
+            self.code = self.worker.process.wait()
+            return self.code
+        self.pid = pid
         self.code = self.worker.answer()
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
@@ -78,15 +83,10 @@ class Worker:
         return None
 
     def start(self, words: list[str], lock: int, log: int) -> Forked:
-        """Starts the run with these flags; raises RuntimeError if the worker cannot."""
-        request = json.dumps(words).encode()
-        pid = None
-        with contextlib.suppress(OSError):
-            socket.send_fds(self.socket, [request], [lock, log])
-            pid = self.answer()
-        if pid is None:
-            raise RuntimeError(f"the process that imports the script ended with exit code {self.process.wait()}")
-        return Forked(self, pid)
+        """Asks for a run with these flags."""
+        with contextlib.suppress(OSError):  # of a worker that has died, which wait() sees
+            socket.send_fds(self.socket, [json.dumps(words).encode()], [lock, log])
+        return Forked(self)
 
     def close(self) -> None:
         """Ends the worker."""

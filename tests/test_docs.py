@@ -200,7 +200,7 @@ def test_the_readmes_commands_work(command, finished_run, tmp_path):
 def test_the_readmes_other_flags_exist():
     """Those of the commands that need a GPU, and those named in sentences."""
     known = {field.name for script in SCRIPTS for field in fields(module(script).Args)}
-    known |= {"help", "nproc_per_node", "index_url", "preload", "forest"}  # the last two are the harness's
+    known |= {"help", "nproc_per_node", "index_url", "preload", "forest", "space"}  # the last three are the harness's
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)):
         name = flag.replace("-", "_")
         assert name in known or name.removeprefix("no_") in known, flag

@@ -655,6 +655,18 @@ def test_preloaded_harness_is_stopped_or_killed():
     assert_complete("Wait-v0__stand_in__1")
 
 
+def test_preloading_can_be_stopped():
+    """Ctrl-C need not wait until a script is imported."""
+    Path("slow.py").write_text(
+        "class Args:\n    seed: int = 1\n\nopen('importing', 'w')\nimport time\ntime.sleep(300)\n"
+    )
+    write_suite("Good-v0", script="slow.py")
+    harness = Harness("--preload")
+    harness.wait_for(Path("importing").exists)
+    assert harness.end(signal.SIGINT) == 130
+    assert "0 of 1 finished, 1 stopped\n" in harness.output.read_text()
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     """All files in a folder with their bytes."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
