@@ -1186,11 +1186,8 @@ def main(argv: list[str] | None = None) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
                 signal.signal(number, on_signal)
         result = train(args)
-        print(
-            "{run_dir}: {global_step} steps, proxy score {proxy_score:.3f}, true score {true_score:.3f}".format(
-                **result
-            )
-        )
+        scores = "proxy score {proxy_score:.3f}, true score {true_score:.3f}".format(**result)
+        print(f"{result['run_dir']}: {result['global_step']} steps, {scores}")
         if result["global_step"] < args.num_updates * args.batch_size:
             print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
         return 0
