@@ -156,6 +156,15 @@ def test_llm_31_dropout_is_off(args, library):
     assert not rlvr.Agent(replace(args, value_from_policy=False)).critic.model.training
 
 
+def test_amp_rounds_and_no_more(args):
+    policy, _, _, prompts = prepared(args)
+    answers = rlvr.generate(policy, *prompts, args)
+    exact = rlvr.score(policy, answers, 1.0)[0]
+    policy.amp = True
+    rounded = rlvr.score(policy, answers, 1.0)[0]
+    assert rounded.dtype == exact.dtype and 0 < (rounded - exact).abs().max() < 0.3
+
+
 def test_llm_9_the_value_network_starts_as_the_policy_and_says_0(args):
     for copied in (True, False):
         agent = rlvr.Agent(replace(args, value_from_policy=copied))
