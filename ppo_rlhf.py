@@ -276,6 +276,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer; its outputs at a token depend on this and the tokens before it."""
 
+    ends = [EOS]  # the tokens that end an answer
+
     def __init__(self, outputs: int, args: Args):
         super().__init__()
         self.mask_positions = args.mask_positions
@@ -343,7 +345,7 @@ class Answers(NamedTuple):
 
     prompts: torch.Tensor  # [B, P], filled up on the left
     prompt_mask: torch.Tensor  # [B, P]: the real tokens
-    tokens: torch.Tensor  # [B, T], filled up on the right with EOS
+    tokens: torch.Tensor  # [B, T], filled up on the right with an EOS
     mask: torch.Tensor  # [B, T]: the tokens up to the first EOS, which is one of them
     log_probs: torch.Tensor  # [B, T]: what the sampler says of them
     truncated: torch.Tensor  # [B]: without an EOS
@@ -353,6 +355,7 @@ class Answers(NamedTuple):
 def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Args, greedy=False, generator=None):
     """Answers to prompts [B, P] with mask [B, P]: samples of the policy or, if greedy, its most probable tokens."""
     new, mask, cache, tokens, log_probs = prompts, prompt_mask, {}, [], []
+    ends = torch.tensor(policy.ends, device=prompts.device)
     finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=prompts.device)
     while len(tokens) < args.num_steps and not finished.all():
         # [llm-6] Nothing else than the temperature stands between the policy and its samples: with top-k or top-p, the
@@ -362,20 +365,21 @@ def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Arg
         if not greedy:  # the largest sum with Gumbel noise is a sample, as in ppo.py
             noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
             scores = all_log_probs + noise.to(scores.device)
-        new = scores.argmax(-1, keepdim=True).masked_fill(finished, EOS)
+        new = scores.argmax(-1, keepdim=True).masked_fill(finished, policy.ends[0])
         tokens.append(new)
         log_probs.append(all_log_probs.gather(-1, new))
-        finished = finished | (new == EOS)
+        finished = finished | torch.isin(new, ends)
         mask = torch.cat([mask, torch.ones_like(finished)], 1)
     tokens, log_probs = torch.cat(tokens, 1), torch.cat(log_probs, 1)
     # [llm-5] An answer that is cut off stays as it is. An EOS put there would be an action that nobody has taken.
-    return Answers(prompts, prompt_mask, tokens, up_to_end(tokens), log_probs, ~(tokens == EOS).any(1))
+    mask = up_to_end(tokens, ends)
+    return Answers(prompts, prompt_mask, tokens, mask, log_probs, ~torch.isin(tokens, ends).any(1))
 
 
 def outputs_after(network: Transformer, prompts, prompt_mask, tokens: torch.Tensor) -> torch.Tensor:
     """What a network says of the prompts and the first 0, 1, .. T of the tokens [B, T]: [B, T + 1, outputs]."""
     mask = torch.cat([prompt_mask, torch.ones_like(tokens, dtype=torch.bool)], 1)
-    return network(torch.cat([prompts, tokens], 1), mask)[:, prompts.shape[1] - 1 :]
+    return network(torch.cat([prompts, tokens], 1), mask)[:, -tokens.shape[1] - 1 :]
 
 
 def log_probabilities(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -396,12 +400,12 @@ def predict(critic: Transformer, answers) -> torch.Tensor:
     return outputs_after(critic, answers.prompts, answers.prompt_mask, answers.tokens)[:, :-1, 0]
 
 
-def up_to_end(tokens: torch.Tensor) -> torch.Tensor:
-    """The mask [B, T] of the tokens [B, T] up to the first EOS, which is one of them."""
+def up_to_end(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The mask [B, T] of the tokens [B, T] up to the first of those that end an answer, which is one of them."""
     # [llm-4] The EOS is an action like any other: without it in the loss no model learns when to stop. What follows is
     # nothing. "All that is not padding" would be wrong, for EOS is what answers are filled up with.
-    ends = tokens == EOS
-    return ends.cumsum(1) - ends.long() == 0
+    ended = torch.isin(tokens, ends)
+    return ended.cumsum(1) - ended.long() == 0
 
 
 def judge(reward_model: Transformer, answers: Answers) -> torch.Tensor:
@@ -527,7 +531,7 @@ def scale(reward_model: Transformer, scores: torch.Tensor) -> None:
 
 def token_rewards(rewards: torch.Tensor, mask: torch.Tensor, log_ratio: torch.Tensor, args: Args) -> torch.Tensor:
     """Rewards [B] of answers -> rewards [B, T] of their tokens; log_ratio [B, T] of the policy to the reference."""
-    # [llm-3] The verifier judges the whole answer. Its reward belongs to the last real token, usually the EOS: in the
+    # [llm-3] The whole answer is judged. Its reward belongs to the last real token, usually the EOS: in the
     # last column it would stand after the end, and in shorter answers nothing would be learned from it.
     last = mask.sum(1, keepdim=True) - 1
     result = torch.zeros(mask.shape, device=mask.device).scatter_(1, last, rewards[:, None].to(mask.device))
@@ -720,8 +724,6 @@ def adapted_kl_coef(kl_coef: float, divergence: float, args: Args) -> float:
 
 def pretrain(task, excluded: set[str], args: Args) -> dict[str, torch.Tensor]:
     """The weights of a policy that imitates demonstrations of all problems but those with excluded prompts."""
-    if not hasattr(task, "demonstration"):
-        raise InputError(f"{args.env_id} has no demonstration(problem, rng, progress) to train a new model on")
     torch.manual_seed(args.seed)
     rng, policy = random.Random(f"demonstrations {args.seed}"), Transformer(len(CHARACTERS), args)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.01)
@@ -899,7 +901,7 @@ def make_task(args: Args) -> tuple:
         task = getattr(importlib.import_module(module), name)() if module else TASKS[name]()
     except Exception as error:
         raise InputError(f"cannot make {args.env_id}: {one_line(error)}") from error
-    if missing := [method for method in ("problem", "prompt", "score") if not hasattr(task, method)]:
+    if missing := [method for method in ("problem", "prompt", "score", "demonstration") if not hasattr(task, method)]:
         raise InputError(f"{args.env_id} has no {' and no '.join(missing)}")
     tests = draw_problems(task, random.Random("test problems"), args.num_test)
     make_prompts(task, tests, args)
@@ -1184,11 +1186,8 @@ def main(argv: list[str] | None = None) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
                 signal.signal(number, on_signal)
         result = train(args)
-        print(
-            "{run_dir}: {global_step} steps, proxy score {proxy_score:.3f}, true score {true_score:.3f}".format(
-                **result
-            )
-        )
+        scores = "proxy score {proxy_score:.3f}, true score {true_score:.3f}".format(**result)
+        print(f"{result['run_dir']}: {result['global_step']} steps, {scores}")
         if result["global_step"] < args.num_updates * args.batch_size:
             print(f"stopped by a signal; go on with: python {SCRIPT}.py --resume {result['run_dir']}")
         return 0

@@ -18,11 +18,13 @@ models; [core-N] and [extra-N] are those of ppo.py. docs/llm.md lists the former
     python ppo_rlvr.py                          count letters: greedy accuracy above 0.95, from 0.2, in two minutes
     python ppo_rlvr.py --advantage group        the same without a value network: GRPO
     python ppo_rlvr.py --env-id my_tasks:Sort   a task of your own, a class like Count below
+    python ppo_rlvr.py --env-id largest --model DIR_OR_GGUF   a Hugging Face model instead, with requirements-llm.txt
 
 train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
@@ -105,7 +107,10 @@ class EnvironmentArgs:
 
     env_id: str = "count"  # the task: count (letters), max (of digits), add (two digits), or module:Class
     num_test: int = 500  # problems that are kept for tests and never trained on [llm-21]
-    max_prompt: int = 16  # the most tokens of a prompt
+    model: str | None = None  # a Hugging Face directory or a GGUF file; without it, a small transformer is made
+    chat: bool = True  # with --model, put prompts into its chat template; off: leave them as they are [llm-32]
+    amp: bool = False  # with --model, multiply matrices in bfloat16
+    max_prompt: int = 16  # the most tokens of a prompt, of the small transformer as all that follows
     mask_positions: bool = True  # count positions from the first real token; off: from the padding [llm-2]
     width: int = 64  # features of each token in the transformer
     layers: int = 2  # blocks of the transformer
@@ -233,7 +238,24 @@ class Addition:
         return float(text == str(sum(problem)))
 
 
-TASKS = {"count": Count, "max": Maximum, "add": Addition}
+class Largest:
+    """The largest of four digits, asked in words: for --model. Of several numbers in an answer the last one counts."""
+
+    def problem(self, rng: random.Random) -> list[int]:
+        return [rng.randint(1, 9) for _ in range(4)]
+
+    def prompt(self, problem: list[int]) -> str:
+        digits = ", ".join(map(str, problem))
+        return f"What is the largest number in this list: {digits}? Answer with the number only."
+
+    def answer(self, text: str) -> str:
+        return "".join(re.findall(r"\d+", text)[-1:])
+
+    def reward(self, problem: list[int], text: str) -> float:
+        return float(self.answer(text) == str(max(problem)))
+
+
+TASKS = {"count": Count, "max": Maximum, "add": Addition, "largest": Largest}
 # A token is a character. There is one token besides: it ends an answer, and fills what is left before and after texts.
 EOS, CHARACTERS = 0, "\0" + "".join(map(chr, range(32, 127))) + "\n"
 
@@ -262,8 +284,9 @@ def decode(tokens: torch.Tensor) -> list[str]:
 
 def make_prompts(task, problems: list, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """The problems' prompts as tokens [B, P] and mask [B, P]."""
+    prompts = [task.prompt(problem) for problem in problems]
     # [llm-2] Filled up on the left, all prompts end in the same column, where all answers begin.
-    return encode([task.prompt(problem) for problem in problems], args.max_prompt, left=True)
+    return encode_chats(prompts, args) if args.model else encode(prompts, args.max_prompt, left=True)
 
 
 def draw_problems(task, rng: random.Random, number: int, excluded=frozenset()) -> list:
@@ -314,6 +337,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer; its outputs at a token depend on this and the tokens before it."""
 
+    ends = [EOS]  # the tokens that end an answer
+
     def __init__(self, outputs: int, args: Args):
         super().__init__()
         self.mask_positions = args.mask_positions
@@ -339,15 +364,88 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+@functools.cache
+def load_model(path: str) -> tuple:
+    """A Hugging Face model, its tokenizer, and the tokens that end its answers, from a directory or a GGUF file."""
+    file = {"gguf_file": Path(path).name} if Path(path).is_file() else {}
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        place = {"pretrained_model_name_or_path": Path(path).parent if file else Path(path), "local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, **file)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, **file, dtype=torch.float32)
+    except Exception as error:  # whatever is wrong with the files
+        hint = "; pip install -r requirements-llm.txt" if isinstance(error, ImportError) else ""
+        raise InputError(f"cannot load the model {path}: {one_line(error)}{hint}") from error
+    # A chat model may have two: one ends an answer, the other one a text.
+    ends = next((end for end in (model.generation_config.eos_token_id, tokenizer.eos_token_id) if end is not None), [])
+    ends = [ends] if isinstance(ends, int) else ends
+    if not ends:
+        raise InputError(f"the model {path} has no EOS: none of its answers would have an end")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])  # masked wherever it fills up a text
+    return model, tokenizer, ends
+
+
+def encode_chats(prompts: list[str], args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts -> tokens [B, P] of a Hugging Face model, filled up on the left, and a mask [B, P] of the real ones."""
+    model, tokenizer, _ = load_model(args.model)
+    if args.chat:
+        # [llm-32] A chat model has learned to answer what stands between the marks of a user's turn.
+        if not tokenizer.chat_template:
+            raise InputError(f"the model {args.model} has no chat template: --no-chat leaves prompts as they are")
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    # A template has the special tokens already.
+    filled = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=not args.chat)
+    tokens, mask = torch.tensor(filled["input_ids"]), torch.tensor(filled["attention_mask"]).bool()
+    room = model.config.max_position_embeddings - args.num_steps
+    if not mask.any(1).all() or tokens.shape[1] > room:
+        raise InputError(f"the model has room for prompts of 1 to {room} tokens, and one has {mask.sum(1).max()}")
+    return tokens, mask
+
+
+class HuggingFace(nn.Module):
+    """A Hugging Face model in place of a Transformer, of which it has the interface."""
+
+    def __init__(self, outputs: int, args: Args):
+        super().__init__()
+        model, _, self.ends = load_model(args.model)
+        self.amp, self.most = args.amp, args.num_steps + 1
+        self.model = copy.deepcopy(model)
+        if outputs == 1:  # [llm-9] as in Agent.start_from
+            if not args.value_from_policy:
+                self.model = type(model)(model.config)
+            head = nn.Linear(model.get_output_embeddings().in_features, 1, bias=False)
+            nn.init.zeros_(head.weight)
+            self.model.set_output_embeddings(head)
+        # [llm-31] No dropout, in learning neither: it would move the ratio away from 1, and its noise is no change of
+        # the policy.
+        self.eval()
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """As Transformer's, but of the last columns alone: with a cache one, without it an answer's and one more."""
+        positions = mask.long().cumsum(1).sub(1).clamp(min=0)[:, -tokens.shape[1] :]  # [llm-2]
+        past, keep = (None, self.most) if cache is None else (cache.get("past"), 1)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.amp):
+            result = self.model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions,
+                                cache=past, use_cache=cache is not None, logits_to_keep=keep)  # fmt: skip
+        if cache is not None:
+            cache["past"] = result.cache
+        return result.logits.float()
+
+
 class Agent(nn.Module):
     """The policy, a frozen copy of its start, and with gae a value network: transformers of the same size."""
 
     def __init__(self, args: Args):
         super().__init__()
-        self.policy, self.reference = Transformer(len(CHARACTERS), args), Transformer(len(CHARACTERS), args)
+        network = HuggingFace if args.model else Transformer
+        self.policy, self.reference = network(len(CHARACTERS), args), network(len(CHARACTERS), args)
         self.reference.requires_grad_(False)
         # A network of its own lets the policy alone, and can be trained before it. [core-13]
-        self.critic = Transformer(1, args) if args.advantage == "gae" else None
+        self.critic = network(1, args) if args.advantage == "gae" else None
 
     def start_from(self, weights: dict[str, torch.Tensor], args: Args) -> None:
         """Starts from the weights of a supervised policy."""
@@ -365,7 +463,7 @@ class Answers(NamedTuple):
 
     prompts: torch.Tensor  # [B, P], filled up on the left
     prompt_mask: torch.Tensor  # [B, P]: the real tokens
-    tokens: torch.Tensor  # [B, T], filled up on the right with EOS
+    tokens: torch.Tensor  # [B, T], filled up on the right with an EOS
     mask: torch.Tensor  # [B, T]: the tokens up to the first EOS, which is one of them
     log_probs: torch.Tensor  # [B, T]: what the sampler says of them
     truncated: torch.Tensor  # [B]: without an EOS
@@ -375,6 +473,7 @@ class Answers(NamedTuple):
 def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Args, greedy=False, generator=None):
     """Answers to prompts [B, P] with mask [B, P]: samples of the policy or, if greedy, its most probable tokens."""
     new, mask, cache, tokens, log_probs = prompts, prompt_mask, {}, [], []
+    ends = torch.tensor(policy.ends, device=prompts.device)
     finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=prompts.device)
     while len(tokens) < args.num_steps and not finished.all():
         # [llm-6] Nothing else than the temperature stands between the policy and its samples: with top-k or top-p, the
@@ -384,20 +483,21 @@ def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Arg
         if not greedy:  # the largest sum with Gumbel noise is a sample, as in ppo.py
             noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
             scores = all_log_probs + noise.to(scores.device)
-        new = scores.argmax(-1, keepdim=True).masked_fill(finished, EOS)
+        new = scores.argmax(-1, keepdim=True).masked_fill(finished, policy.ends[0])
         tokens.append(new)
         log_probs.append(all_log_probs.gather(-1, new))
-        finished = finished | (new == EOS)
+        finished = finished | torch.isin(new, ends)
         mask = torch.cat([mask, torch.ones_like(finished)], 1)
     tokens, log_probs = torch.cat(tokens, 1), torch.cat(log_probs, 1)
     # [llm-5] An answer that is cut off stays as it is. An EOS put there would be an action that nobody has taken.
-    return Answers(prompts, prompt_mask, tokens, up_to_end(tokens), log_probs, ~(tokens == EOS).any(1))
+    mask = up_to_end(tokens, ends)
+    return Answers(prompts, prompt_mask, tokens, mask, log_probs, ~torch.isin(tokens, ends).any(1))
 
 
 def outputs_after(network: Transformer, prompts, prompt_mask, tokens: torch.Tensor) -> torch.Tensor:
     """What a network says of the prompts and the first 0, 1, .. T of the tokens [B, T]: [B, T + 1, outputs]."""
     mask = torch.cat([prompt_mask, torch.ones_like(tokens, dtype=torch.bool)], 1)
-    return network(torch.cat([prompts, tokens], 1), mask)[:, prompts.shape[1] - 1 :]
+    return network(torch.cat([prompts, tokens], 1), mask)[:, -tokens.shape[1] - 1 :]
 
 
 def log_probabilities(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -418,29 +518,44 @@ def predict(critic: Transformer, answers) -> torch.Tensor:
     return outputs_after(critic, answers.prompts, answers.prompt_mask, answers.tokens)[:, :-1, 0]
 
 
-def up_to_end(tokens: torch.Tensor) -> torch.Tensor:
-    """The mask [B, T] of the tokens [B, T] up to the first EOS, which is one of them."""
+def up_to_end(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The mask [B, T] of the tokens [B, T] up to the first of those that end an answer, which is one of them."""
     # [llm-4] The EOS is an action like any other: without it in the loss no model learns when to stop. What follows is
     # nothing. "All that is not padding" would be wrong, for EOS is what answers are filled up with.
-    ends = tokens == EOS
-    return ends.cumsum(1) - ends.long() == 0
+    ended = torch.isin(tokens, ends)
+    return ended.cumsum(1) - ended.long() == 0
+
+
+def read(answers: Answers, args: Args) -> list[str]:
+    """The answers' texts."""
+    if not args.model:
+        return decode(answers.tokens)
+    _, tokenizer, ends = load_model(args.model)
+    rows = zip(answers.tokens.tolist(), answers.mask.tolist())
+    return tokenizer.batch_decode([[t for t, real in zip(*row) if real and t not in ends] for row in rows])
 
 
 def judge(task, problems: list, answers: Answers, args: Args) -> tuple[torch.Tensor, list[str]]:
     """Rewards [B] of the answers to the problems, and the answers' texts."""
-    texts, rewards = decode(answers.tokens), []
+    texts, rewards = read(answers, args), []
     for problem, text, truncated in zip(problems, texts, answers.truncated.tolist(), strict=True):
         # [llm-5] Nobody knows what a text without an end would have said.
-        reward = 0.0 - args.truncation_penalty if truncated else task.reward(problem, text)
-        if not isinstance(reward, bool | int | float | np.number | np.bool_):
-            raise InputError(f"the task's reward for {text!r} is {reward!r:.60}, which is no number")
-        rewards.append(float(reward))
+        rewards.append(0.0 - args.truncation_penalty if truncated else reward_of(task, problem, text))
     return torch.tensor(rewards), texts
 
 
-def answer_of(task, text: str) -> str:
-    """The part of a text that counts."""
-    return task.answer(text) if hasattr(task, "answer") else text
+def reward_of(task, problem, text: str) -> float:
+    """The task's reward; raises InputError if it is none."""
+    reward = task.reward(problem, text)
+    if not isinstance(reward, bool | int | float | np.number | np.bool_) or not math.isfinite(reward):
+        raise InputError(f"the task's reward for {text!r:.60} is {reward!r:.60}, which is no finite number")
+    return float(reward)
+
+
+def words_of(task, answers: Answers, args: Args) -> list[str | None]:
+    """What the answers say: the part of their texts that counts, and nothing if they are cut off."""
+    part = getattr(task, "answer", str)
+    return [None if cut else part(text) for text, cut in zip(read(answers, args), answers.truncated)]
 
 
 def vote(words: list[str | None]) -> str | None:
@@ -451,14 +566,14 @@ def vote(words: list[str | None]) -> str | None:
 
 def agreement(task, answers: Answers, args: Args) -> torch.Tensor:
     """Rewards [B] without a verifier: 1 for what most answers to the same problem say (TTRL, arXiv:2504.16084)."""
-    words = [None if cut else answer_of(task, text) for text, cut in zip(decode(answers.tokens), answers.truncated)]
+    words = words_of(task, answers, args)
     groups = [words[first : first + args.group_size] for first in range(0, len(words), args.group_size)]
     return torch.tensor([float(word is not None and word == vote(group)) for group in groups for word in group])
 
 
 def token_rewards(rewards: torch.Tensor, mask: torch.Tensor, log_ratio: torch.Tensor, args: Args) -> torch.Tensor:
     """Rewards [B] of answers -> rewards [B, T] of their tokens; log_ratio [B, T] of the policy to the reference."""
-    # [llm-3] The verifier judges the whole answer. Its reward belongs to the last real token, usually the EOS: in the
+    # [llm-3] The whole answer is judged. Its reward belongs to the last real token, usually the EOS: in the
     # last column it would stand after the end, and in shorter answers nothing would be learned from it.
     last = mask.sum(1, keepdim=True) - 1
     result = torch.zeros(mask.shape, device=mask.device).scatter_(1, last, rewards[:, None].to(mask.device))
@@ -666,8 +781,6 @@ def gradient_step(agent: Agent, adam: Adam, minibatch: Batch, step_size, epsilon
 
 def pretrain(task, excluded: set[str], args: Args) -> dict[str, torch.Tensor]:
     """The weights of a policy that imitates demonstrations of all problems but those with excluded prompts."""
-    if not hasattr(task, "demonstration"):
-        raise InputError(f"{args.env_id} has no demonstration(problem, rng, progress) to train a new model on")
     torch.manual_seed(args.seed)
     rng, policy = random.Random(f"demonstrations {args.seed}"), Transformer(len(CHARACTERS), args)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.01)
@@ -699,10 +812,11 @@ def train(args: Args) -> dict:
     """
     task, tests = make_task(args)
     excluded = {task.prompt(problem) for problem in tests}
-    torch.set_num_threads(1)  # matrices this small are faster with one thread
+    if not args.model:
+        torch.set_num_threads(1)  # matrices this small are faster with one thread
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    weights = None if args.resume else supervised_start(task, excluded, args)
+    weights = None if args.resume or args.model else supervised_start(task, excluded, args)
     torch.manual_seed(args.seed)
     agent = Agent(args)
     if weights:
@@ -731,7 +845,6 @@ def train(args: Args) -> dict:
         prompts, prompt_mask = (tensor.to(device) for tensor in make_prompts(task, problems, args))
         answers = generate(agent.policy, prompts, prompt_mask, args)
         rewards, texts = judge(task, problems, answers, args)
-        check_finite({"a reward [answer]": rewards}, run)
         if args.test_time == "majority":
             rewards = agreement(task, answers, args)
         if (rewards == rewards[0]).all():
@@ -862,14 +975,14 @@ def make_task(args: Args) -> tuple:
         task = getattr(importlib.import_module(module), name)() if module else TASKS[name]()
     except Exception as error:
         raise InputError(f"cannot make {args.env_id}: {one_line(error)}") from error
-    if missing := [method for method in ("problem", "prompt", "reward") if not hasattr(task, method)]:
-        raise InputError(f"{args.env_id} has no {' and no '.join(missing)}")
+    needed = ["problem", "prompt", "reward"] + ["demonstration"] * (not args.model)
+    if missing := [method for method in needed if not hasattr(task, method)]:
+        more = ", which a task needs without --model" * (missing[-1] == "demonstration")
+        raise InputError(f"{args.env_id} has no {' and no '.join(missing)}{more}")
     tests = draw_problems(task, random.Random("test problems"), args.num_test)
     make_prompts(task, tests, args)
-    answers = Answers(None, None, encode(["0"], 1, left=False)[0], None, None, torch.tensor([False]))
     for problem in tests[:10]:  # whatever is wrong with a reward should show before the model is trained
-        if not judge(task, [problem], answers, args)[0].isfinite().all():
-            raise InputError(f"the task's reward for the answer '0' to {task.prompt(problem)!r} is not finite")
+        reward_of(task, problem, "0")
     return task, tests
 
 
@@ -1068,18 +1181,19 @@ def guided_answers(agent: Agent, prompts: torch.Tensor, prompt_mask: torch.Tenso
 
     The value is that of the answer with the token; where the token ends it, that of the answer without.
     """
-    count = min(args.samples, len(CHARACTERS))
-    tokens = torch.full((len(prompts), 0), EOS)
-    while tokens.shape[1] < args.num_steps and not (tokens == EOS).any(1).all():
+    ends, tokens = torch.tensor(agent.policy.ends), torch.zeros(len(prompts), 0).long()
+    while tokens.shape[1] < args.num_steps and not torch.isin(tokens, ends).any(1).all():
         logits = outputs_after(agent.policy, prompts, prompt_mask, tokens)[:, -1] / args.temperature
+        count = min(args.samples, logits.shape[-1])
         log_probs, candidates = logits.log_softmax(-1).topk(count)  # [B, count]
         repeated = [tensor.repeat_interleave(count, 0) for tensor in (prompts, prompt_mask, tokens)]
         longer = torch.cat([repeated[2], candidates.view(-1, 1)], 1)
         values = outputs_after(agent.critic, *repeated[:2], longer)[:, -2:, 0]  # without the token, and with it
-        values = values.gather(1, (candidates != EOS).long().view(-1, 1)).view(-1, count)
+        values = values.gather(1, (~torch.isin(candidates, ends)).long().view(-1, 1)).view(-1, count)
         best = candidates.gather(1, (log_probs + values / args.guidance).argmax(-1, keepdim=True))
-        tokens = torch.cat([tokens, best.masked_fill((tokens == EOS).any(1, keepdim=True), EOS)], 1)
-    return Answers(prompts, prompt_mask, tokens, up_to_end(tokens), None, ~(tokens == EOS).any(1))
+        finished = torch.isin(tokens, ends).any(1, keepdim=True)
+        tokens = torch.cat([tokens, best.masked_fill(finished, agent.policy.ends[0])], 1)
+    return Answers(prompts, prompt_mask, tokens, up_to_end(tokens, ends), None, ~torch.isin(tokens, ends).any(1))
 
 
 def choose(agent: Agent, task, tries: list[Answers], args: Args) -> list[int]:
@@ -1090,8 +1204,7 @@ def choose(agent: Agent, task, tries: list[Answers], args: Args) -> list[int]:
         last = [values.gather(1, a.mask.sum(1, keepdim=True) - 1).squeeze(1) for values, a in zip(values, tries)]
         last = [value.masked_fill(a.truncated, -math.inf) for value, a in zip(last, tries)]
         return torch.stack(last).argmax(0).tolist()
-    said = [[None if cut else answer_of(task, text) for text, cut in zip(decode(a.tokens), a.truncated)] for a in tries]
-    return [words.index(vote(words)) for words in zip(*said)]
+    return [words.index(vote(words)) for words in zip(*(words_of(task, answers, args) for answers in tries))]
 
 
 def evaluate(args: Args) -> float:

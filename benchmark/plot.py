@@ -126,6 +126,9 @@ def run_curve(columns: dict[str, np.ndarray], metric: str, part: float, points: 
     if metric not in columns or "charts/SPS" not in columns:
         return None
     updates, values = np.isfinite(columns["charts/SPS"]), metric_by_update(columns, metric)
+    if metric.startswith("eval/"):  # tests, the first of them before training
+        updates = np.isfinite(columns[metric])
+        values = columns[metric][updates]
     if not np.isfinite(values).any():
         return None
     keep = thin_out(len(values), points)

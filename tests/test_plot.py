@@ -70,6 +70,15 @@ def test_curve_before_the_first_episode():
     np.testing.assert_array_equal(values, [nan, 3, 3, 5])
 
 
+def test_curve_of_tests_begins_before_training():
+    """A test is no episode: what it says is shown as it is, at its step."""
+    nan, name = np.nan, "eval/greedy_accuracy"
+    columns = {"charts/SPS": [nan, 9, 9, 9], name: [0.2, nan, 0.5, 0.9], "global_step": [0, 4, 8, 12]}
+    columns |= {"wall_time": [1, 2, 3, 4]}
+    drawn = plot.run_curve({name: np.array(column, float) for name, column in columns.items()}, name, 1.0)
+    assert drawn.steps.tolist() == [0, 8, 12] and drawn.values.tolist() == [0.2, 0.5, 0.9]
+
+
 @pytest.mark.parametrize("statistic", ["mean", "iqm"])
 def test_statistics_equal_scipy(statistic, rng):
     """What is drawn at each point is what scipy says about the seeds there."""

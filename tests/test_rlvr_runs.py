@@ -280,9 +280,9 @@ BAD = {
     "broken task": ("--env-id odd_tasks:Broken", "the data is missing"),
     "task that lacks a key": ("--env-id odd_tasks:Keyless", "KeyError: 'words'"),
     "no reward": ("--env-id odd_tasks:NoReward", "no reward"),
-    "no demonstrations": ("--env-id odd_tasks:Mute", "demonstration"),
-    "reward is nan": ("--env-id odd_tasks:Nan", "not finite"),
-    "reward is text": ("--env-id odd_tasks:Text", "'yes', which is no number"),
+    "no demonstrations": ("--env-id odd_tasks:Mute", "no demonstration, which a task needs without --model"),
+    "reward is nan": ("--env-id odd_tasks:Nan", "nan, which is no finite number"),
+    "reward is text": ("--env-id odd_tasks:Text", "'yes', which is no finite number"),
     "prompt too long": ("--env-id odd_tasks:Long", "1 to 16 characters"),
     "prompt too long for the flag": ("--max-prompt 5", "1 to 5 characters"),
     "unknown characters": ("--env-id odd_tasks:Foreign", "ASCII"),
@@ -335,8 +335,8 @@ def test_foreign_directory_cannot_import_a_module(tasks, capfd):
 
 
 def test_reward_that_becomes_nan_stops_the_run(tasks, capfd):
-    assert rlvr.main([*FLAGS, "--env-id", "odd_tasks:LaterNan"]) == 1
-    assert "a reward [answer] is not finite" in capfd.readouterr().err
+    assert rlvr.main([*FLAGS, "--env-id", "odd_tasks:LaterNan"]) == 2
+    assert "is nan, which is no finite number" in capfd.readouterr().err
 
 
 def test_reward_that_never_varies_is_a_warning(tasks, capfd):

@@ -165,7 +165,7 @@ def test_the_language_model_script_shares_what_it_can():
 
 # What ppo_rlhf.py has of ppo_rlvr.py, above the ruler.
 RLHF_SHARED = [
-    "Args.batch_size", "(EOS, CHARACTERS)", "encode", "decode", "make_prompts", "draw_problems", "Block",
+    "Args.batch_size", "(EOS, CHARACTERS)", "encode", "decode", "draw_problems", "Block",
     "Block.__init__", "Block.forward", "Transformer", "Transformer.__init__", "Transformer.forward", "Answers",
     "generate", "outputs_after", "log_probabilities", "score", "predict", "up_to_end", "token_rewards", "whiten",
     "compute_gae", "Batch", "masked_mean", "ppo_loss", "policy_change", "Adam", "Adam.__init__", "Adam.coefficients",
