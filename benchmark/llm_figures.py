@@ -141,11 +141,13 @@ def draw_search(plt, rows: list[dict]):
     axes[0].set_ylabel("accuracy on test problems")
     handles = [plt.Line2D([], [], color=color, marker="o") for color in COLORS.values()]
     seeds = sorted({int(row["seed"]) for row in rows})
-    handles += [plt.Line2D([], [], color="0.4", linestyle=style) for style in ("--", "-")[-len(seeds) :]]
-    labels = [*COLORS, *(f"seed {seed}" for seed in seeds)]
+    labels = [*COLORS]
+    if len(seeds) > 1:
+        handles += [plt.Line2D([], [], color="0.4", linestyle=style) for style in ("--", "-")]
+        labels += [f"seed {seed}" for seed in seeds]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     samples = ", ".join(str(n) for n in sorted({int(row["samples"]) for row in rows}))
-    figure.suptitle(f"Searching for answers, with {samples} samples", fontsize=12, color="0.25")
+    figure.suptitle(f"Counting letters: searches with {samples} samples", fontsize=12, color="0.25")
     return figure
 
 
