@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from benchmark.files import write_file
+from benchmark.provenance import provenance
 from benchmark.suite import ROOT, InputError
 
 RESULTS, IMAGES = ROOT / "benchmark" / "results", ROOT / "docs" / "img"
@@ -47,13 +49,18 @@ def settings(script, run_dir: Path, **changes):
     return replace(script.Args(**{name: value for name, value in saved.items() if name in known}), **changes)
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Writes rows as CSV."""
+def write(path: Path, rows: list[dict], words: list[str], args: Args) -> None:
+    """Writes rows as CSV, and beside it as JSON where they come from; words are those of the flag."""
     with io.StringIO() as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_file(path, file.getvalue())
+    samples, flag = " ".join(map(str, args.samples)), "--search" if path == SEARCH else "--feedback"
+    command = (
+        f"python -m benchmark.llm_figures --samples {samples} --num-test {args.num_test} {flag} {shlex.join(words)}"
+    )
+    write_file(path.with_suffix(".json"), json.dumps(provenance() | {"command": command}, indent=1) + "\n")
 
 
 def read(path: Path) -> list[dict]:
@@ -141,11 +148,13 @@ def draw_search(plt, rows: list[dict]):
     axes[0].set_ylabel("accuracy on test problems")
     handles = [plt.Line2D([], [], color=color, marker="o") for color in COLORS.values()]
     seeds = sorted({int(row["seed"]) for row in rows})
-    handles += [plt.Line2D([], [], color="0.4", linestyle=style) for style in ("--", "-")[-len(seeds) :]]
-    labels = [*COLORS, *(f"seed {seed}" for seed in seeds)]
+    labels = [*COLORS]
+    if len(seeds) > 1:
+        handles += [plt.Line2D([], [], color="0.4", linestyle=style) for style in ("--", "-")]
+        labels += [f"seed {seed}" for seed in seeds]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     samples = ", ".join(str(n) for n in sorted({int(row["samples"]) for row in rows}))
-    figure.suptitle(f"Searching for answers, with {samples} samples", fontsize=12, color="0.25")
+    figure.suptitle(f"Counting letters: searches with {samples} samples", fontsize=12, color="0.25")
     return figure
 
 
@@ -175,14 +184,15 @@ def main(args: Args) -> None:
     """Measures what is asked for, and draws both figures."""
     if args.search:
         pairs = [name_and_run.rpartition("=")[::2] for name_and_run in args.search]
-        write(SEARCH, [row for name, run in pairs for row in measure_search(name, Path(run), args)])
+        rows = [row for name, run in pairs for row in measure_search(name, Path(run), args)]
+        write(SEARCH, rows, [f"{name}={Path(run).name}" for name, run in pairs], args)
     if args.feedback:
         rows, tried = [], set()
         for run in args.feedback:
             seed = json.loads((run / "config.json").read_text())["seed"]
             rows += measure_feedback(run, seed not in tried, args)
             tried.add(seed)
-        write(FEEDBACK, rows)
+        write(FEEDBACK, rows, [run.name for run in args.feedback], args)
 
     import matplotlib
 
