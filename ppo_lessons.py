@@ -122,8 +122,6 @@ class RunArgs:
 
     exp_name: str = SCRIPT  # name of the experiment, part of the run directory's name
     seed: int = 1  # seeds the network, the tasks, the sampler and the shuffles
-    torch_deterministic: bool = True  # use cuDNN's deterministic algorithms
-    cuda: bool = False  # use the GPU if there is one; for networks this small the CPU is fast enough
     track: bool = False  # send the metrics to Weights & Biases as well (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "ppo37"  # project at Weights & Biases
     wandb_entity: str | None = None  # user or team at Weights & Biases
@@ -199,10 +197,10 @@ class SecretWords:
     oracle(task), the best lesson there is.
     """
 
-    def __init__(self, args: Args, kind: str = "tasks"):
+    def __init__(self, args: Args):
         self.names = list(NAMES[: args.num_tasks])
-        words = random.Random(f"{kind} {args.seed}").sample(EVALUATION_WORDS, len(self.names))
-        self.words = dict(zip(self.names, words))
+        words = random.Random(f"tasks {args.seed}").sample(EVALUATION_WORDS, 2 * args.num_tasks)
+        self.words, self.other_words = dict(zip(self.names, words)), words[args.num_tasks :]
 
     def question(self, task: str, rng: random.Random) -> str:
         """Four digits."""
@@ -503,10 +501,9 @@ class Student:
     def __init__(self, policy: Reader, tasks, args: Args):
         self.policy, self.tasks, self.args = policy, tasks, args
 
-    def answer(self, problems: list[Problem], generator=None) -> list[str]:
+    def answer(self, problems: list[Problem]) -> list[str]:
         """Answers to problems, whose lessons stand in front of their questions."""
-        prompts = make_prompts(self.tasks, problems, self.args)
-        return decode(generate(self.policy, *prompts, self.args, False, generator).tokens)
+        return decode(generate(self.policy, *make_prompts(self.tasks, problems, self.args), self.args).tokens)
 
     def reflect(self, attempts: list[Attempt], number: int) -> list[str]:
         """Lessons that say what worked in these attempts."""
@@ -767,7 +764,6 @@ def train(args: Args) -> dict:
     """
     tasks, model = make_tasks(args)
     torch.set_num_threads(1)  # matrices this small are faster with one thread
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     weights = None if args.resume or model else starting_weights(args)
     torch.manual_seed(args.seed)
     agent = Agent(args)
@@ -929,10 +925,10 @@ def starting_weights(args: Args) -> dict[str, torch.Tensor]:
 class LessonBase:
     """The data base of lessons, lessons.jsonl: a line is appended for each task and round, and none is ever changed."""
 
-    def __init__(self, path: Path, tasks, update: int):
+    def __init__(self, path: Path, tasks, update: int | None):
         """Reads the lines of the rounds before this update, and cuts off the others: they are going to be done again.
 
-        Raises InputError if a line is no lesson.
+        Without an update it reads all of them. Raises InputError if a line is no lesson.
         """
         self.path, self.rows, self.graded, kept = path, {name: [] for name in tasks.names}, 0, 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -942,7 +938,7 @@ class LessonBase:
                 wrong = not all(isinstance(value, kind) for value, kind in zip(row, (int, str, str, str | None, float)))
                 if wrong or type(row.graded) is not int or not all(Attempt(*attempt) for attempt in row.attempts):
                     raise ValueError("a field has the wrong type")
-                if row.round >= update:
+                if update is not None and row.round >= update:
                     break
                 self.rows[row.task].append(row)
             except (ValueError, TypeError, KeyError) as error:
@@ -950,7 +946,7 @@ class LessonBase:
                     break  # a kill has torn it
                 raise InputError(f"line {number} of {path} is no lesson: {one_line(error)}") from error
             self.graded, kept = row.graded, kept + len(line)
-        if lines:
+        if lines and update is not None:
             os.truncate(path, kept)
 
     def add(self, rows: list[Lesson]) -> None:
@@ -1109,16 +1105,19 @@ class Run:
 
 def test(student, tasks, lessons: dict[str, str], args: Args) -> float:
     """The mean reward over all tasks, with the given lessons in front. It is no attempt: nothing is learned from it."""
-    rng, generator = random.Random("test questions"), torch.Generator().manual_seed(args.seed)
+    rng = random.Random("test questions")
     problems = [Problem(name, tasks.question(name, rng), lessons.get(name, ""))
                 for name in tasks.names for _ in range(args.num_test)]  # fmt: skip
-    texts = student.answer(problems, generator) if type(student) is Student else student.answer(problems)
+    with torch.random.fork_rng(devices=[]):  # training's random numbers are left alone
+        torch.manual_seed(args.seed)
+        texts = student.answer(problems)
     return sum(checked_reward(tasks, problem, text) for problem, text in zip(problems, texts)) / len(problems)
 
 
 def test_others(student: Student, args: Args) -> dict[str, float]:
     """How well other lessons than those of the tasks are followed: what distillation or PPO may have spoiled."""
-    others = SecretWords(args, "other tasks")
+    others = SecretWords(args)
+    others.words = dict(zip(others.names, others.other_words))
     return {"eval/others": test(student, others, others.words, args)}
 
 
@@ -1128,7 +1127,7 @@ def evaluate(args: Args) -> float:
     agent, path = Agent(args), Path(args.evaluate).resolve()
     restore(path, agent)
     student = model or Student(agent.policy, tasks, args)
-    lessons = LessonBase(path / "lessons.jsonl", tasks, 2**31).lessons()
+    lessons = LessonBase(path / "lessons.jsonl", tasks, None).lessons()
     rewards = [test(student, tasks, lessons, args) for lessons in ({}, lessons)]
     print(f"{args.env_id}: mean reward {rewards[0]:.3f} with an empty context, {rewards[1]:.3f} with "
           f"{len(lessons)} lessons, on {args.num_test} problems of each of {len(tasks.names)} tasks")  # fmt: skip
