@@ -3,9 +3,9 @@
     python -m benchmark.lessons_figures                        # docs/img/lessons.png and lessons_ablations.png
     python -m benchmark.lessons_figures --runs-dir runs        # after writing the CSV anew from runs of ppo_lessons.py
 
-A run's variant is its --exp-name: lessons, no_reflection, wrong_rewards, no_selection, plain_transcripts, ppo_RATE for
-a learning rate, and continued for PPO from distilled weights. Intervals are Student's over pre-training seeds, 95%: the
-tasks of one seed share a model and are not independent.
+A run's variant is its --exp-name: none for lessons, no_reflection, wrong_rewards, no_selection, plain_transcripts,
+ppo_RATE for a learning rate, and continued for PPO from distilled weights. Intervals are Student's over pre-training
+seeds, 95%: the tasks of one seed share a model and are not independent.
 """
 
 import csv
@@ -56,7 +56,8 @@ def collect(runs_dir: Path) -> list[tuple]:
         config = json.loads((path.parent / "config.json").read_text())
         for line in map(json.loads, path.read_text().splitlines()):
             found = [(name, line[name]) for name in METRICS if name in line]
-            rows += [(config["exp_name"], config["seed"], line["charts/attempts"], *pair) for pair in found]
+            variant = "lessons" if config["exp_name"] == "ppo_lessons" else config["exp_name"]
+            rows += [(variant, config["seed"], line["charts/attempts"], *pair) for pair in found]
     if not rows:
         raise InputError(f"there are no runs of ppo_lessons.py in {runs_dir}")
     return rows
@@ -117,7 +118,7 @@ def draw_curves(runs: Runs):
     axis.axhline(oracle, color="gray", linewidth=1, linestyle=":")
     axis.text(50, oracle + 0.015, "the perfect lesson", color="gray", fontsize=9)
     axis.set(xscale="log", xlabel="graded attempts at eight tasks", ylabel="mean reward", ylim=(0, 1.09))
-    axis.legend(frameon=False, loc="center right", fontsize=9)
+    axis.legend(frameon=False, loc="lower right", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -130,7 +131,7 @@ def draw_ablations(runs: Runs):
     bars.insert(1, ("distilled", "lessons", "eval/distilled"))
     figure, axis = plt.subplots(figsize=(7, 0.55 * len(bars) + 1.1), layout="constrained")
     for place, (label, variant, metric) in enumerate(bars):
-        values = last(runs, variant, metric) / last(runs, variant, "eval/oracle")
+        values = last(runs, variant, metric) / last(runs, variant, "eval/oracle").clip(min=1e-9)
         mean, half = interval(values)
         attempts = np.mean([seed["eval/reward"][-1][0] for seed in runs[variant].values()])
         axis.barh(place, mean, color=OURS if variant == "lessons" else BESIDE[0], alpha=0.75)
@@ -139,7 +140,7 @@ def draw_ablations(runs: Runs):
         axis.text(1.2, place, f"{attempts:.0f} attempts", va="center", fontsize=9)
     axis.set_yticks(range(len(bars)), [label for label, _, _ in bars])
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1.42), xlabel="reward, as a share of the perfect lesson's", xticks=np.arange(0, 1.1, 0.2))
+    axis.set(xlim=(0, 1.5), xlabel="reward, as a share of the perfect lesson's", xticks=np.arange(0, 1.1, 0.2))
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
