@@ -193,7 +193,7 @@ class SecretWords:
     """Tasks that each have a secret word, by which their questions are to be answered: "R:4170=" with "cAEb".
 
     An answer counts up to its first mistake. A lesson is the word, as far as it is known: "ca??". Tasks of your own,
-    which need a --model, have names, question(task, rng), prompt(problem), reward(problem, text) from 0 to 1, and
+    which need a --model, have names, question(task, rng) and reward(problem, text) from 0 to 1, and may have
     oracle(task), the best lesson there is.
     """
 
@@ -253,7 +253,7 @@ def decode(tokens: torch.Tensor) -> list[str]:
 
 def make_prompts(task, problems: list, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """The problems' prompts as tokens [B, P] and mask [B, P]."""
-    # Filled up on the left, all prompts end in the same column, where all answers begin.
+    # [llm-2] Filled up on the left, all prompts end in the same column, where all answers begin.
     return encode([task.prompt(problem) for problem in problems], args.max_prompt, left=True)
 
 
@@ -793,6 +793,7 @@ def train(args: Args) -> dict:
             base.add(rows)
             scores = [earlier[-1].score for earlier in base.rows.values()]
             metrics = {"charts/reward": sum(scores) / len(scores), "charts/attempts": base.graded}
+        metrics["charts/episodic_return"] = metrics["charts/reward"]  # CleanRL's name
         check_finite(metrics | {"a parameter": adam.parameters}, run)
         last = update + 1 == args.num_updates
         tested = (update + 1) % args.eval_interval == 0 or last
@@ -868,7 +869,7 @@ def make_tasks(args: Args) -> tuple:
     """The tasks, and the model of --model or None; raises InputError for settings that cannot work."""
     check_args(args)
     made = []
-    for flag, name, methods in (("env-id", args.env_id, ("names", "question", "prompt", "reward")),
+    for flag, name, methods in (("env-id", args.env_id, ("names", "question", "reward")),
                                 ("model", args.model, ("answer", "reflect"))):  # fmt: skip
         module, _, cls = name.rpartition(":")
         if not module and name not in ("words", ""):

@@ -60,7 +60,7 @@ def collect(runs_dir: Path) -> list[tuple]:
             rows += [(variant, config["seed"], line["charts/attempts"], *pair) for pair in found]
     if not rows:
         raise InputError(f"there are no runs of ppo_lessons.py in {runs_dir}")
-    return rows
+    return sorted(rows, key=lambda row: row[:2])
 
 
 def read(path: Path) -> Runs:

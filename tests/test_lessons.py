@@ -1,6 +1,7 @@
 """ppo_lessons.py: its tasks, what it is trained to do, the loop, distillation, PPO beside it, and whole runs."""
 
 import csv
+import itertools
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import ppo_lessons as lessons
 from benchmark import lessons_figures
@@ -238,6 +240,19 @@ def test_another_model_learns_all_words_and_every_attempt_is_counted(scripted, m
         assert all(row["score"] < 0.97 for row in chain[:-1])  # a task whose lesson is good is left alone
 
 
+def test_the_model_of_the_documentation_can_be_used():
+    """Its ask() gets the lesson before the question, and the attempts with their rewards."""
+    (source,) = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs/lessons.md").read_text())
+    asked, names = [], {"ask": lambda text: asked.append(text) or "be short"}
+    exec(source, names)
+    grader = lessons.Grader(names["Chat"](), grader_of({}).tasks, 0)
+    known = lessons.Lesson(0, "P", "be kind", None, 0.1, [["0000", "yes", 0.0], ["0001", "no", 0.25]], 2)
+    lessons.improve(grader, [known], "P", 1, random.Random(0), SMALL)
+    assert "0001 was answered by no: reward 0.25" in asked[0] and "What worked?" in asked[0]
+    assert any(re.fullmatch(r"be short\n\n\d{4}", text) for text in asked)
+    assert any(re.fullmatch(r"\d{4}", text) for text in asked)  # the empty lesson competes
+
+
 # ---- distillation and PPO
 
 
@@ -369,6 +384,24 @@ def test_the_pretrained_model_is_kept(monkeypatch):
     for change in ({"seed": 2}, {"plain_transcripts": True}, {"pretrain_steps": 2}):
         lessons.train(replace(args, **change))
     assert len(calls) == 4
+
+
+@pytest.mark.slow
+def test_learns_lessons_and_distills_them(monkeypatch):
+    """Words of two letters, four tasks: @@MARGIN@@"""
+    words = ["".join(pair) for pair in itertools.product(lessons.LETTERS, repeat=2)]
+    random.Random("words").shuffle(words)
+    for name, value in {"SLOTS": 2, "WORDS": words, "EVALUATION_WORDS": words[:9], "TRAINING_WORDS": words[9:]}.items():
+        monkeypatch.setattr(lessons, name, value)
+    args = lessons.Args(num_tasks=4, num_envs=32, num_steps=3, total_timesteps=7 * 32 * 3, width=32, max_prompt=48,
+                        pretrain_steps=400, pretrain_batch=32, pretrain_lr=5e-3, num_test=25, distill_steps=80,
+                        distill_batch=32, cache_dir="")  # fmt: skip
+    rows = rows_of(lessons.train(args)["run_dir"])
+    first, last = rows[0], rows[-1]
+    assert first["eval/base"] < 0.2 and first["eval/oracle"] > 0.6
+    assert last["eval/lessons"] >= 0.85 * first["eval/oracle"] and last["charts/attempts"] < 400
+    assert last["eval/distilled"] >= 0.85 * last["eval/lessons"]
+    assert last["eval/others"] > first["eval/others"] - 0.1
 
 
 # ---- bad input
