@@ -102,7 +102,7 @@ class EnvironmentArgs:
     """What to learn, and with which model."""
 
     env_id: str = "words"  # the tasks: words (secret ones), or module:Class
-    num_tasks: int = 8  # tasks that are learned at the same time, 1 to 8
+    num_tasks: int = 8  # tasks that are learned at the same time, 1 to 11
     num_test: int = 50  # problems of each task in a test; they do not count as attempts
     model: str = ""  # module:Class of another model, which answers and reflects in its own way
     max_prompt: int = 96  # the most tokens of a prompt
@@ -758,7 +758,7 @@ def base_rates(agent: Agent, args: Args) -> torch.Tensor:
 
 
 def train(args: Args) -> dict:
-    """Trains an agent; returns {"run_dir", "global_step", "reward": that of the last test, "attempts"}.
+    """Trains an agent; returns {"run_dir", "global_step", "reward": that of the last test, in the loop with lessons}.
 
     Raises InputError for settings that cannot work, FloatingPointError when the training diverged.
     """
@@ -774,10 +774,11 @@ def train(args: Args) -> dict:
     base = LessonBase(run.path / "lessons.jsonl", tasks, run.update)
     student = model or Student(agent.policy, tasks, args)
     if run.update == 0:
-        best = {name: tasks.oracle(name) for name in tasks.names} if hasattr(tasks, "oracle") else {}
-        without, known = test(student, tasks, {}, args), test(student, tasks, best, args)
-        others = {} if model else test_others(student, args)
-        run.log(0, {"charts/attempts": 0, "eval/base": without, "eval/oracle": known, "eval/reward": without} | others)
+        values = {"charts/attempts": 0, "eval/base": test(student, tasks, {}, args)}
+        values["eval/reward"] = values["eval/base"]
+        if hasattr(tasks, "oracle"):
+            values["eval/oracle"] = test(student, tasks, {name: tasks.oracle(name) for name in tasks.names}, args)
+        run.log(0, values | ({} if model else test_others(student, args)))
     for update in range(run.update, args.num_updates):
         rng = random.Random(f"problems {args.seed} {update}")
         if args.baseline == "ppo":
@@ -859,6 +860,8 @@ def check_args(args: Args) -> None:
         raise InputError(f"attempts in one context have up to {longest} tokens, but --max-prompt is {args.max_prompt}")
     if args.width % args.heads:
         raise InputError(f"--width {args.width} cannot be shared by {args.heads} heads")
+    if args.wrong_rewards and args.num_tasks == 1:
+        raise InputError("--wrong-rewards needs another task, whose rewards they are")
     if args.env_id != "words" and not args.model:
         raise InputError("only the tasks words have a model that is trained for them here: others need --model")
     if args.model and (args.baseline == "ppo" or args.start_from):
@@ -880,7 +883,10 @@ def make_tasks(args: Args) -> tuple:
             raise InputError(f"cannot make {name}: {one_line(error)}") from error
         if module and (missing := [method for method in methods if not hasattr(made[-1], method)]):
             raise InputError(f"{name} has no {' and no '.join(missing)}")
-    return made[0] or SecretWords(args), made[1]
+    tasks = made[0] or SecretWords(args)
+    if len(tasks.names) != args.num_tasks:
+        raise InputError(f"{args.env_id} has other than {args.num_tasks} tasks: --num-tasks {len(tasks.names)}")
+    return tasks, made[1]
 
 
 def checked_reward(tasks, problem: Problem, text: str) -> float:

@@ -437,6 +437,8 @@ BAD = {
     "tasks without names": ("--env-id scripted:Incomplete --model scripted:Scripted", "has no names"),
     "tasks without a model": ("--env-id scripted:Odd", "others need --model"),
     "reward": ("--env-id scripted:Odd --model scripted:Scripted --num-tasks 1", "is 2, not from 0 to 1"),
+    "number of tasks": ("--env-id scripted:Odd --model scripted:Scripted", "--num-tasks 1"),
+    "wrong rewards of one task": ("--wrong-rewards --num-tasks 1", "needs another task"),
     "PPO with a model": ("--model scripted:Scripted --baseline ppo", "no --baseline ppo"),
     "attempts": ("--num-envs 7", "7 attempts cannot be shared by 2 tasks"),
     "minibatches": ("--baseline ppo --num-minibatches 3", "3 equal minibatches"),
