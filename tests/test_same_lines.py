@@ -190,6 +190,34 @@ def test_the_feedback_script_shares_what_it_can():
     assert drift(base, other, RLHF_SHARED, RLHF_DIFFERENCES) == []
 
 
+# What ppo_lessons.py has of ppo_rlvr.py, above the ruler: the model, the sampler and Adam. Its PPO has no variants.
+LESSONS_SHARED = [
+    "Args.batch_size", "(EOS, CHARACTERS)", "encode", "decode", "make_prompts", "Block", "Block.__init__",
+    "Block.forward", "Transformer", "Transformer.__init__", "Transformer.forward", "Answers", "generate",
+    "outputs_after", "log_probabilities", "score", "predict", "up_to_end", "whiten", "compute_gae", "policy_change",
+    "Adam", "Adam.__init__", "Adam.coefficients", "Adam.step",
+]  # fmt: skip
+LESSONS_DIFFERENCES = {
+    "check_args": "other settings",
+    "make_task": "several tasks, and models of a user's own",
+    "supervised_start": "another training, and runs to start from",
+    "Run.log_test": "no answers to keep: those are in the data base of lessons",
+    "Run.end_update": "attempts to show, and no answers",
+    "Run.close": "another result",
+    "test": "a reward for each kind of context",
+    "guided_answers": "no search",
+    "choose": "no search",
+    "evaluate": "with and without lessons",
+    "parse_args": "a model may be a user's module too",
+    "main": "another result",
+}
+
+
+def test_the_lessons_script_shares_what_it_can():
+    base, other = (ROOT / "ppo_rlvr.py").read_text(), (ROOT / "ppo_lessons.py").read_text()
+    assert drift(base, other, LESSONS_SHARED, LESSONS_DIFFERENCES) == []
+
+
 @pytest.mark.parametrize("script", DIFFERENCES)
 def test_shared_definitions_are_the_same(script):
     base, other = (ROOT / BASE).read_text(), (ROOT / script).read_text()
