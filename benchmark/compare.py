@@ -77,6 +77,8 @@ class Args:
     """also draw a forest plot: a row for each variant, its effects with their intervals, sorted"""
     env_ids: list[str] | None = None
     """only these environments"""
+    add: bool = False
+    """of a suite with variants, keep the CSV's curves of seeds that have no run in runs_dir; else they are dropped"""
     runs_dir: Path | None = None
     """where the run directories of a single suite are; default: runs/SUITE"""
     output: Path = Path("compare")
@@ -127,8 +129,9 @@ def curves_of(suite: Suite, args: Args) -> tuple[Groups, bool]:
         if suite.has_variants and len(args.what) == 1:
             folder = RESULTS if args.update_docs else args.output
             with writing(folder):
-                write_curves(folder / known.name, groups, RETURN, parts, False, trained_at(runs_dir))
-                return read_groups(folder / known.name), broken  # the same digits as whoever has only the file
+                write_curves(folder / known.name, groups, RETURN, parts, args.add, trained_at(runs_dir))
+            groups = read_groups(folder / known.name)  # the same digits as whoever has only the file
+            return {name: groups[name] for name in suite.variants if name in groups}, broken
         return groups, broken
     if not known.exists():
         raise InputError(f"no runs of suite {suite.name} in {runs_dir}, and no {known}; start them with: "

@@ -131,6 +131,25 @@ def test_ten_seeds_have_interquartile_means(capsys, no_figure):
     assert "interquartile mean needs" not in out
 
 
+def test_more_seeds_are_added(capsys, no_figure):
+    """--add keeps what the CSV has, also of variants that have no run here; without it there is what runs say."""
+    suite = make(seeds=6, updates=120)
+    everything = sorted(Path("runs/made").iterdir())
+    Path("later").mkdir()
+    moved = [path.rename(Path("later", path.name)) for path in everything if path.name[-1] in "56"]
+    assert main(["compare", str(suite)]) == 0
+    capsys.readouterr()
+    small = [path for path in moved if "__small__" in path.name]
+    for path in small:
+        shutil.rmtree(path)
+    for words, seeds, counts in (["--add"], "6 seeds", [6, 6, 4]), ([], "2 seeds", [2, 2]):
+        assert main(["compare", str(suite), "--runs-dir", "later", *words]) == 0
+        rows = rows_of(capsys.readouterr().out)
+        assert rows["A-v0", "--no-norm-adv"][2].endswith(f"({seeds})")
+        assert [len(curves["A-v0"]) for curves in plot.read_groups(Path("compare/made.csv")).values()] == counts
+        assert ("added_to" in json.loads(Path("compare/made.json").read_text())) == bool(words)
+
+
 def test_two_suites_and_files(capsys, no_figure):
     """Runs of one, the committed curves of the other, without common seeds: Welch's t; and both as files."""
     folder = Path.cwd()
