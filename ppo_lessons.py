@@ -309,6 +309,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only transformer; its outputs at a token depend on this and the tokens before it."""
 
+    ends = [EOS]  # the tokens that end an answer
+
     def __init__(self, outputs: int, args: Args):
         super().__init__()
         self.mask_positions = args.mask_positions
@@ -378,7 +380,7 @@ class Answers(NamedTuple):
 
     prompts: torch.Tensor  # [B, P], filled up on the left
     prompt_mask: torch.Tensor  # [B, P]: the real tokens
-    tokens: torch.Tensor  # [B, T], filled up on the right with EOS
+    tokens: torch.Tensor  # [B, T], filled up on the right with an EOS
     mask: torch.Tensor  # [B, T]: the tokens up to the first EOS, which is one of them
     log_probs: torch.Tensor  # [B, T]: what the sampler says of them
     truncated: torch.Tensor  # [B]: without an EOS
@@ -388,6 +390,7 @@ class Answers(NamedTuple):
 def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Args, greedy=False, generator=None):
     """Answers to prompts [B, P] with mask [B, P]: samples of the policy or, if greedy, its most probable tokens."""
     new, mask, cache, tokens, log_probs = prompts, prompt_mask, {}, [], []
+    ends = torch.tensor(policy.ends, device=prompts.device)
     finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=prompts.device)
     while len(tokens) < args.num_steps and not finished.all():
         # [llm-6] Nothing else than the temperature stands between the policy and its samples: with top-k or top-p, the
@@ -397,20 +400,21 @@ def generate(policy, prompts: torch.Tensor, prompt_mask: torch.Tensor, args: Arg
         if not greedy:  # the largest sum with Gumbel noise is a sample, as in ppo.py
             noise = -torch.empty(scores.shape).exponential_(generator=generator).log()
             scores = all_log_probs + noise.to(scores.device)
-        new = scores.argmax(-1, keepdim=True).masked_fill(finished, EOS)
+        new = scores.argmax(-1, keepdim=True).masked_fill(finished, policy.ends[0])
         tokens.append(new)
         log_probs.append(all_log_probs.gather(-1, new))
-        finished = finished | (new == EOS)
+        finished = finished | torch.isin(new, ends)
         mask = torch.cat([mask, torch.ones_like(finished)], 1)
     tokens, log_probs = torch.cat(tokens, 1), torch.cat(log_probs, 1)
     # [llm-5] An answer that is cut off stays as it is. An EOS put there would be an action that nobody has taken.
-    return Answers(prompts, prompt_mask, tokens, up_to_end(tokens), log_probs, ~(tokens == EOS).any(1))
+    mask = up_to_end(tokens, ends)
+    return Answers(prompts, prompt_mask, tokens, mask, log_probs, ~torch.isin(tokens, ends).any(1))
 
 
 def outputs_after(network: Transformer, prompts, prompt_mask, tokens: torch.Tensor) -> torch.Tensor:
     """What a network says of the prompts and the first 0, 1, .. T of the tokens [B, T]: [B, T + 1, outputs]."""
     mask = torch.cat([prompt_mask, torch.ones_like(tokens, dtype=torch.bool)], 1)
-    return network(torch.cat([prompts, tokens], 1), mask)[:, prompts.shape[1] - 1 :]
+    return network(torch.cat([prompts, tokens], 1), mask)[:, -tokens.shape[1] - 1 :]
 
 
 def log_probabilities(logits: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -431,12 +435,12 @@ def predict(critic: Transformer, answers) -> torch.Tensor:
     return outputs_after(critic, answers.prompts, answers.prompt_mask, answers.tokens)[:, :-1, 0]
 
 
-def up_to_end(tokens: torch.Tensor) -> torch.Tensor:
-    """The mask [B, T] of the tokens [B, T] up to the first EOS, which is one of them."""
+def up_to_end(tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The mask [B, T] of the tokens [B, T] up to the first of those that end an answer, which is one of them."""
     # [llm-4] The EOS is an action like any other: without it in the loss no model learns when to stop. What follows is
     # nothing. "All that is not padding" would be wrong, for EOS is what answers are filled up with.
-    ends = tokens == EOS
-    return ends.cumsum(1) - ends.long() == 0
+    ended = torch.isin(tokens, ends)
+    return ended.cumsum(1) - ended.long() == 0
 
 
 def draw_question(rng: random.Random) -> str:

@@ -275,7 +275,7 @@ def test_the_loss_of_ppo_is_that_of_ppo_rlvr():
 
     torch.manual_seed(0)
     old, new, values, old_values, returns, advantages, entropy = torch.randn(7, 6, 5)
-    mask = lessons.up_to_end(torch.randint(0, 3, (6, 5)))
+    mask = lessons.up_to_end(torch.randint(0, 3, (6, 5)), torch.tensor([lessons.EOS]))
     ours = lessons.Batch(None, None, None, mask, old, advantages * mask, returns, old_values)
     theirs = ppo_rlvr.Batch(None, None, None, mask, old, old, advantages * mask, returns, old_values)
     loss, terms, log_ratio = lessons.ppo_loss(new, entropy, values, ours, replace(SMALL, ent_coef=0.1))

@@ -218,7 +218,7 @@ def without_clock(path: Path) -> list[str]:
 
 
 def test_mujoco_leaves_nothing_behind():
-    """MuJoCo warns of its own model file, in the terminal and in a file of the current directory, unless told not to."""
+    """MuJoCo warns of its own model file, in the terminal and in a file here, unless it is told not to."""
     done = run_script(Path(ppo_continuous.__file__), *flags(small(1, ppo_continuous, env_id="HalfCheetah-v4")))
     assert done.returncode == 0 and problems(done.stderr) == []
     assert [path.name for path in Path.cwd().iterdir()] == ["runs"]

@@ -198,6 +198,7 @@ LESSONS_SHARED = [
     "Adam", "Adam.__init__", "Adam.coefficients", "Adam.step",
 ]  # fmt: skip
 LESSONS_DIFFERENCES = {
+    "make_prompts": "no Hugging Face models",
     "check_args": "other settings",
     "make_task": "several tasks, and models of a user's own",
     "supervised_start": "another training, and runs to start from",
