@@ -165,7 +165,8 @@ def main(args: Args) -> int:
                 csv.writer(file, lineterminator="\n").writerows([("variant", "seed", "attempts", "metric", "value"),
                                                                  *collect(args.runs_dir)])  # fmt: skip
                 write_file(args.results, file.getvalue())
-            write_file(args.results.with_suffix(".json"), json.dumps(provenance(), indent=1) + "\n")
+            facts = provenance() | {"command": f"python -m benchmark.lessons_figures --runs-dir {args.runs_dir}"}
+            write_file(args.results.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
         runs = read(args.results)
         import matplotlib
 
