@@ -819,7 +819,8 @@ def check_args(args: Args) -> None:
 def keep_freed_memory() -> None:
     """Lets the C library, if it is glibc, keep freed memory for later instead of giving it back to the system.
 
-    A gradient step on images frees and needs again some 100 MB, which the system would hand out in 10,000 page faults.
+    A gradient step on images, texts or many samples frees and needs again some 100 MB, which the system would hand out
+    in 10,000 page faults.
     """
     with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, or another C library
         libc = ctypes.CDLL("libc.so.6")

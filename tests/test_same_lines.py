@@ -51,6 +51,7 @@ DIFFERENCES = {
     "ppo_lstm.py": {
         "check_args": "minibatches are whole environments, and nothing is compiled",
         "compiled": "nothing is compiled",
+        "keep_freed_memory": "batches are small",
         "evaluate": "observations are normalized, and the LSTM has a state",
         "parse_args": "--hide is a list in config.json",
     },
