@@ -1,5 +1,6 @@
 """Every detail's switch changes exactly what it should, and the defaults do what the official code does."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -324,6 +325,22 @@ def test_parameters_are_views_of_one_vector():
     assert torch.equal(flat, adam.parameters)
     agent.load_state_dict({key: torch.zeros_like(value) for key, value in agent.state_dict().items()})
     assert not adam.parameters.any()
+
+
+@pytest.mark.parametrize("script", ["ppo", "ppo_continuous", "ppo_multidiscrete"])
+@pytest.mark.parametrize(
+    "samples, cores, threads", [(128, 8, 1), (2047, 8, 1), (2048, 8, 2), (32768, 8, 8), (2048, 1, 1)]
+)
+def test_large_minibatches_take_more_threads(monkeypatch, script, samples, cores, threads):
+    module = importlib.import_module(script)
+    asked = []
+    monkeypatch.setattr(module, "THREADS", cores)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    # That is said before anything is made.
+    monkeypatch.setattr(module, "make_envs", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.train(module.Args(num_envs=4, num_steps=samples, num_minibatches=4, total_timesteps=4 * samples))
+    assert asked == [threads]
 
 
 def test_actions_follow_the_policy():
