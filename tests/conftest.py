@@ -1,8 +1,13 @@
 """What the tests share."""
 
+import os
 import sys
 from pathlib import Path
 
+# Compilation in the process itself: for each of its workers another process would import PyTorch.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import forking
 import numpy as np
 import pytest
 import torch
@@ -15,6 +20,12 @@ if sys.platform == "linux":  # EnvPool looks for Qt when it is first imported, w
     import ppo_procgen
 
     ppo_procgen.load_qt()
+
+
+def pytest_sessionfinish():
+    """The server of processes that need not import anything ends with the tests."""
+    while forking.ending:
+        forking.ending.pop()()
 
 
 @pytest.fixture
