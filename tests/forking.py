@@ -30,6 +30,14 @@ REQUEST = 1 << 20  # bytes that a command and its environment may take
 ADDRESS = "FORKING_SERVER"  # the variable that tells processes where the server of these tests is
 
 
+# A program for -c: torchrun, whose ranks are forked. It needs this folder in PYTHONPATH.
+TORCHRUN = """
+import forking
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+subprocess_handler.Popen = lambda args, **options: forking.Forked(args[1:], **options)
+torch.distributed.run.main()
+"""
 ending = []  # what ends the server
 
 
@@ -37,11 +45,14 @@ def server() -> str:
     """Where the server listens; starts one if there is none."""
     if ADDRESS not in os.environ:
         address = str(Path(tempfile.mkdtemp()) / "socket")
-        command, environment = [sys.executable, "-P", __file__, address], os.environ | {"OMP_NUM_THREADS": "1"}
+        command, environment = (
+            [sys.executable, "-P", str(Path(__file__).resolve()), address],
+            os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         environment.pop("PYTHONPATH", None)
         # It ends when the other end of its stdin does, whatever ends that.
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, **pipes)
+        process = subprocess.Popen(command, env=environment, cwd="/", **pipes)
         assert process.stdout.readline() == b"ready\n"
         process.stdout.close()
         os.environ[ADDRESS] = address

@@ -406,16 +406,6 @@ def wait_for(condition, limit: float = 200):
     return found
 
 
-# torchrun, whose ranks are forked.
-TORCHRUN = """
-import forking
-import torch.distributed.run
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-subprocess_handler.Popen = lambda args, **options: forking.Forked(args[1:], **options)
-torch.distributed.run.main()
-"""
-
-
 class Job:
     """torchrun with two ranks of a script, in a folder where it finds and leaves its files.
 
@@ -435,7 +425,7 @@ class Job:
                 command = [sys.executable, "-m", "torch.distributed.run", *options]
                 self.process = subprocess.Popen(command, **where)
             else:
-                self.process = forking.Forked(["-c", TORCHRUN, *options], **where)
+                self.process = forking.Forked(["-c", forking.TORCHRUN, *options], **where)
 
     def __enter__(self):
         return self

@@ -54,7 +54,7 @@ def execute(words, cwd, by_python=False):
 
     In a process that need not import anything, or in one that Python itself starts, as it does for a user.
     """
-    variables = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     options = {"cwd": cwd, "env": os.environ | variables}
     if by_python:
         result = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
@@ -194,7 +194,7 @@ STEPS = {
     "ppo_multidiscrete.py": ["2048"],
     "ppo_procgen.py": ["256", "--num-steps", "4"],
 }
-# No other test starts ppo_procgen.py as a user does. What torchrun starts, Python starts in any case.
+# No other test starts ppo_procgen.py as a user does.
 BY_PYTHON = ("python ppo_procgen.py", "python ppo.py --env-id Acrobot-v1")
 
 
@@ -208,7 +208,7 @@ def test_the_readmes_commands_work(command, finished_run, tmp_path):
     start = []
     if command.startswith("torchrun"):
         assert re.fullmatch(r"--nproc-per-node=\d+", shlex.split(command)[1])
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        start += ["-c", forking.TORCHRUN, "--standalone", "--nproc-per-node=2"]
     shorter = ["--total-timesteps", *STEPS.get(script, ["256", "--num-steps", "16"])]
     expected = r"\d+ steps, mean return "
     if "--help" in flags or "--evaluate" in flags:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import forking
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kill_all_in
 
 
 def test_what_python_does_with_words(tmp_path):
@@ -58,12 +58,17 @@ def wait_until_gone(pid: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_nothing_outlives_the_tests():
+def test_nothing_outlives_the_tests(tmp_path):
     """A process that is forgotten, or whose test is killed, does not go on in the background."""
     process = forking.Forked(["-c", "import time; time.sleep(60)"])
     pid = process.pid
     del process
     wait_until_gone(pid)
+
+    (tmp_path / "sleep.py").write_text("import time; time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "sleep.py"], cwd=tmp_path)
+    kill_all_in(tmp_path)
+    assert process.wait(20) == -signal.SIGKILL
 
     program = "import forking, os; print(forking.Forked(['-c', 'import time; time.sleep(60)']).pid, flush=True);" \
               "os.kill(os.getpid(), 9)"  # fmt: skip
