@@ -130,6 +130,7 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script in (ppo, ppo_continuous):
         script.say.cache_clear()
+        script.SIGNALS.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
