@@ -9,11 +9,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -142,11 +142,8 @@ class Background:
     """A script in a process of its own."""
 
     def __init__(self, script, args):
-        command = [sys.executable, script.__file__, *flags(args)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # Where tests run in the background SIGINT may be ignored, and processes inherit that.
-        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-        self.process = subprocess.Popen(command, preexec_fn=listen, **pipes)
+        words = [script.__file__, *flags(args)]
+        self.process = forking.Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for_update(self, number: int) -> Path:
         """Waits until metrics.jsonl holds that update; returns the run directory."""
@@ -161,8 +158,9 @@ class Background:
 
     def end(self, number: signal.Signals) -> tuple[int, str, str]:
         """Sends a signal; returns the exit code, stdout and stderr."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=300)
+        with self.process:
+            self.process.send_signal(number)
+            out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
 
 

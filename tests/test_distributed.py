@@ -23,6 +23,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -406,16 +407,25 @@ def wait_for(condition, limit: float = 200):
 
 
 class Job:
-    """torchrun with two ranks of a script, in a folder where it finds and leaves its files."""
+    """torchrun with two ranks of a script, in a folder where it finds and leaves its files.
 
-    def __init__(self, folder: Path, script: str | Path, *words: str):
+    These are processes that need not import anything, or such that Python itself starts, as a user's are.
+    """
+
+    def __init__(self, folder: Path, script: str | Path, *words: str, by_python: bool = False):
         self.folder = folder
         # A free port of its own; ranks that do not end when told to are killed 15 s later, not 30.
         options = ["--standalone", f"--nproc-per-node={RANKS}", "--shutdown-timeout=15"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *map(str, words)]
-        environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
+        options += [str(script), *map(str, words)]
+        python_path = f"{SCRIPT.parent}{os.pathsep}{Path(__file__).parent}"
+        environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
         with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
-            self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=folder)
+            where = {"stdout": stdout, "stderr": stderr, "env": environment, "cwd": folder}
+            if by_python:
+                command = [sys.executable, "-m", "torch.distributed.run", *options]
+                self.process = subprocess.Popen(command, **where)
+            else:
+                self.process = forking.Forked(["-c", forking.TORCHRUN, *options], **where)
 
     def __enter__(self):
         return self
@@ -473,7 +483,7 @@ def games_of(path: Path) -> dict[int, int]:
 def launched(tmp_path_factory):
     """Plays CASES with two ranks; returns the folder with their answers."""
     folder = tmp_path_factory.mktemp("cases")
-    with Job(folder, __file__, "cases", folder) as job:
+    with Job(folder, __file__, "cases", folder, by_python=True) as job:
         with contextlib.suppress(AssertionError):  # the tests of what has been answered may still pass
             job.wait(300)
     yield folder

@@ -16,6 +16,7 @@ import textwrap
 import tomllib
 from dataclasses import fields
 
+import forking
 import pytest
 from conftest import ROOT
 
@@ -48,10 +49,17 @@ def block(language, contained):
     return found
 
 
-def execute(command, cwd, **variables):
-    """Runs a command in a directory with the repository importable; returns what it printed."""
-    variables = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | variables
-    result = subprocess.run(command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True)
+def execute(words, cwd, by_python=False):
+    """Runs python with these words in a directory with the repository importable; returns what it printed.
+
+    In a process that need not import anything, or in one that Python itself starts, as it does for a user.
+    """
+    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": cwd, "env": os.environ | variables}
+    if by_python:
+        result = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+    else:
+        result = forking.run(words, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -173,29 +181,40 @@ def finished_run(tmp_path_factory):
     """The run directory of a short training of ppo.py."""
     folder = tmp_path_factory.mktemp("readme")
     flags = ["--total-timesteps", "1024", "--runs-dir", str(folder)]
-    execute([sys.executable, ROOT / "ppo.py", *flags], folder)
+    execute([ROOT / "ppo.py", *flags], folder)
     (path,) = folder.glob("CartPole*")
     return path
 
 
-STEPS = {"ppo.py": "2048", "ppo_continuous.py": "2048", "ppo_lstm.py": "1024", "ppo_multidiscrete.py": "2048"}
+# One update or more, with all defaults, or, of the scripts with convolutions, with few steps of each environment.
+STEPS = {
+    "ppo.py": ["1024"],
+    "ppo_continuous.py": ["2048"],
+    "ppo_lstm.py": ["1024"],
+    "ppo_multidiscrete.py": ["2048"],
+    "ppo_procgen.py": ["256", "--num-steps", "4"],
+}
+# No other test starts ppo_procgen.py as a user does.
+BY_PYTHON = ("python ppo_procgen.py", "python ppo.py --env-id Acrobot-v1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in commands() if "--amp" not in line])
 def test_the_readmes_commands_work(command, finished_run, tmp_path):
-    """All but those that need a GPU, with fewer steps."""
+    """All but those that need a GPU, with fewer steps, and of torchrun's with two processes."""
     script, flags = words_of(command)
     if PLACEHOLDER in flags:
         shutil.copytree(finished_run, tmp_path / PLACEHOLDER)
-    start = [sys.executable]
+    start = []
     if command.startswith("torchrun"):
-        start += ["-m", "torch.distributed.run", "--standalone", *shlex.split(command)[1:2]]
-    shorter = ["--total-timesteps", STEPS.get(script, "1024")] + ["--num-steps", "16"] * (script not in STEPS)
+        assert re.fullmatch(r"--nproc-per-node=\d+", shlex.split(command)[1])
+        start += ["-c", forking.TORCHRUN, "--standalone", "--nproc-per-node=2"]
+    shorter = ["--total-timesteps", *STEPS.get(script, ["256", "--num-steps", "16"])]
     expected = r"\d+ steps, mean return "
     if "--help" in flags or "--evaluate" in flags:
         shorter, expected = [], "--total-timesteps" if "--help" in flags else r"return .* over 10 episodes"
-    assert re.search(expected, execute([*start, ROOT / script, *flags, *shorter], tmp_path))
+    by_python = command.startswith(BY_PYTHON)
+    assert re.search(expected, execute([*start, ROOT / script, *flags, *shorter], tmp_path, by_python))
 
 
 def test_the_readmes_other_flags_exist():
@@ -216,7 +235,7 @@ def test_the_readmes_network_can_be_trained(tmp_path):
     assert count == 1
     (tmp_path / "my_ppo.py").write_text(source)
     flags = ["--total-timesteps", "30000", "--learning-rate", "1e-3"]
-    printed = execute([sys.executable, "my_ppo.py", *flags], tmp_path)
+    printed = execute(["my_ppo.py", *flags], tmp_path)
     assert float(re.search(r"mean return ([\d.]+)", printed).group(1)) > 60  # at random: 22
 
 
@@ -224,8 +243,8 @@ def test_the_readmes_network_can_be_trained(tmp_path):
 def test_the_readmes_environment_can_be_trained(tmp_path):
     """As the README says: a module in the working directory, the script anywhere."""
     (tmp_path / "reach.py").write_text(block("python", "class Reach"))
-    command = [sys.executable, ROOT / "ppo_continuous.py", "--env-id", "reach:Reach-v0", "--total-timesteps", "2048"]
-    assert "2048 steps, mean return -" in execute(command, tmp_path)
+    words = [ROOT / "ppo_continuous.py", "--env-id", "reach:Reach-v0", "--total-timesteps", "2048"]
+    assert "2048 steps, mean return -" in execute(words, tmp_path)
 
 
 @pytest.mark.slow
@@ -234,8 +253,8 @@ def test_the_readmes_suite_can_be_run(tmp_path):
     (tmp_path / "reach.py").write_text(block("python", "class Reach"))
     (tmp_path / "reach.toml").write_text(block("toml", "reach:Reach"))
     shutil.copy(ROOT / "ppo_continuous.py", tmp_path / "my_ppo.py")
-    command = [sys.executable, "-m", "benchmark", "run", "reach.toml", "--seeds", "2", "--extra=--total-timesteps 2048"]
-    execute(command, tmp_path)
+    words = ["-m", "benchmark", "run", "reach.toml", "--seeds", "2", "--extra=--total-timesteps 2048"]
+    execute(words, tmp_path, by_python=True)
     (run,) = (tmp_path / "runs/reach").glob("reach*Reach-v0__my_ppo__2__*")
     assert json.loads((run / "config.json").read_text())["total_timesteps"] == 2048
 
@@ -246,8 +265,9 @@ def test_the_readmes_comparison_works(tmp_path):
     shutil.copy(ROOT / "ppo.py", tmp_path / "my_ppo.py")
     (tmp_path / "mine.toml").write_text(block("toml", 'my_ppo.py"]').replace("100000", "1024"))
     run, compare = (shlex.split(line)[1:] for line in block("bash", "benchmark compare").splitlines())
-    execute([sys.executable, *run, "--seeds", "1", "2", "--env-ids", "CartPole-v1"], tmp_path)
-    printed = execute([sys.executable, *compare], tmp_path)
+    # One worker, for each imports the script.
+    execute([*run, "--seeds", "1", "2", "--env-ids", "CartPole-v1", "--workers", "1"], tmp_path, by_python=True)
+    printed = execute(compare, tmp_path, by_python=True)
     (row,) = [line for line in printed.splitlines() if line.startswith("| CartPole-v1 | mine |")]
     assert "| +0.0 | " in row and "Welch's t, 2 seeds" in row  # the copy is the same
     assert {path.name for path in (tmp_path / "compare").glob("*.png")} == {"mine.png", "mine_forest.png"}
@@ -256,7 +276,7 @@ def test_the_readmes_comparison_works(tmp_path):
 def test_the_readmes_agent_can_be_loaded(finished_run, tmp_path):
     source = block("python", "load_state_dict")
     assert PLACEHOLDER in source
-    printed = execute([sys.executable, "-c", source.replace(PLACEHOLDER, str(finished_run))], tmp_path)
+    printed = execute(["-c", source.replace(PLACEHOLDER, str(finished_run))], tmp_path)
     assert re.fullmatch(r"action [01] value -?[\d.]+(e-\d+)?\n", printed)
 
 
@@ -265,7 +285,7 @@ def test_the_readmes_search_runs(tmp_path):
     source = block("python", "import optuna")
     shorter = source.replace("100_000", "1024").replace("n_trials=20", "n_trials=2")
     assert shorter.count("1024") == shorter.count("n_trials=2") == 1
-    printed = execute([sys.executable, "-c", shorter], tmp_path)
+    printed = execute(["-c", shorter], tmp_path)
     assert "learning_rate" in printed and len(list((tmp_path / "runs").iterdir())) == 2
 
 

@@ -32,7 +32,7 @@ def steps_until(script, goal: float, episodes: int, **settings) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_learns_cartpole_within_80k_steps(tmp_path, seed):
     """Mean return of 100 episodes of 300 or more, of at most 500; the first policy gets 20.
 

@@ -8,11 +8,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import forking
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -191,8 +191,8 @@ class Background:
     """The script in a process of its own."""
 
     def __init__(self, args):
-        command = [sys.executable, str(SCRIPT), *words(args)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [SCRIPT, *words(args)]
+        self.process = forking.Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for_update(self, number: int) -> Path:
         """Waits until metrics.jsonl holds that update; returns the run directory."""
@@ -207,8 +207,9 @@ class Background:
 
     def end(self, number: signal.Signals) -> tuple[int, str, str]:
         """Sends a signal; returns the exit code, stdout and stderr."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=300)
+        with self.process:
+            self.process.send_signal(number)
+            out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
 
 

@@ -70,7 +70,7 @@ LEARNING = VALVES | {"env_kwargs": '{"sizes": [16, 12]}', "num_envs": 8, "num_st
                      "update_epochs": 4, "learning_rate": 5e-3, "gamma": 0.5, "total_timesteps": 8192}  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     ("switches", "low", "high"),
     [({}, 14.5, 16), ({"mask_actions": False}, 0, 6), ({"joint_actions": "flat"}, 12.5, 16),

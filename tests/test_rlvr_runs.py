@@ -4,11 +4,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 from conftest import ROOT
@@ -358,7 +358,7 @@ def test_checkpoint_that_is_none(capfd):
 
 def run(command, cwd):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    return forking.run(command, cwd=cwd, env=environment)
 
 
 @pytest.mark.slow

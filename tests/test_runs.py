@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import forking
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -129,6 +130,7 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script in (ppo, ppo_continuous):
         script.say.cache_clear()
+        script.SIGNALS.clear()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -307,8 +309,8 @@ class Background:
     """The script in a process of its own."""
 
     def __init__(self, args):
-        command = [sys.executable, script_of(args).__file__, *flags(args)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        words = [script_of(args).__file__, *flags(args)]
+        self.process = forking.Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for_update(self, number: int) -> Path:
         """Waits until metrics.jsonl holds that update; returns the run directory."""
@@ -318,12 +320,14 @@ class Background:
                 if any(f'"global_step": {number * BATCH}, ' in line for line in path.read_text().splitlines()):
                     return path.parent
             time.sleep(0.01)
+        self.process.kill()
         raise AssertionError(f"update {number} never came: {self.process.communicate()}")
 
     def end(self, number: signal.Signals) -> tuple[int, str, str]:
         """Sends a signal; returns the exit code, stdout and stderr."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
+        with self.process:
+            self.process.send_signal(number)
+            out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
 
@@ -627,11 +631,11 @@ def test_full_disk_in_a_process(script):
     code = f"""
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 sys.argv = {["x", *flags(small(5000, script, checkpoint_interval=5))]!r}
 runpy.run_path({script.__file__!r}, run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = forking.run(["-c", code], timeout=120)
     assert done.returncode == 1, done.stderr
     (line,) = problems(done.stderr)
     assert line.startswith(f"{script.SCRIPT}.py: error: ")
