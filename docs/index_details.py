@@ -22,7 +22,10 @@ SCRIPTS = (
     "ppo_procgen.py",
     "ppo_multidiscrete.py",
 )
-EFFECTS_OF = {"ppo.py": "ablations_classic", "ppo_continuous.py": "ablations_mujoco", "ppo_lstm.py": "ablations_lstm"}
+EFFECTS_OF = {
+    "ppo.py": "study_classic", "ppo_continuous.py": "ablations_mujoco", "ppo_lstm.py": "ablations_lstm",
+    "ppo_multidiscrete.py": "study_multidiscrete", "ppo_procgen.py": "ablations_procgen",
+}  # fmt: skip
 
 # tag: (what it is, flags that switch it, name of its test)
 DETAILS = {
@@ -194,12 +197,16 @@ EFFECTS = """
 ## What changing a detail did to learning
 
 Each number is the difference in mean return from the defaults, over the whole learning curve and for the last 100
-episodes, with a 95% interval (Welch's t), 3 seeds each, 200,000 steps. `ppo.py` learned CartPole-v1 (at most 500),
-`ppo_continuous.py` HalfCheetah-v4, and `ppo_lstm.py` CartPole-v1 with hidden velocities and `--bootstrap-truncated`. A
-difference smaller than its interval is no evidence of an effect. [How they were measured](results.md#ablations).
+episodes, with a 95% interval by Student's t. A difference smaller than its interval is no evidence of an effect. One in
+20 exceeds its interval by chance, and many are shown: those in bold survive Holm's correction for all rows of their
+script, where there are seeds enough for that. `ppo.py` learned CartPole-v1 (at most 500, defaults {ppo.py}),
+`ppo_continuous.py` HalfCheetah-v4 ({ppo_continuous.py}), `ppo_lstm.py` CartPole-v1 with hidden velocities and
+`--bootstrap-truncated` ({ppo_lstm.py}), 200,000 steps each; `ppo_multidiscrete.py` Jumanji/Cleaner-v0
+({ppo_multidiscrete.py}), and `ppo_procgen.py` one level of StarPilot for only 16,384 steps ({ppo_procgen.py}).
+[How they were measured](results.md#ablations).
 
-| tag | script and flag | difference |
-|---|---|---|"""
+| tag | script and flag | seeds | over the run | at its end |
+|---|---|---|---|---|"""
 
 
 def where(tag: str, script: str) -> str:
@@ -218,19 +225,24 @@ def test_file(name: str) -> str:
 
 
 def effects() -> list[str]:
-    """A row for each detail that was ablated."""
-    rows = []
+    """What stands in the section of the effects: its text, and a row for each detail that was changed."""
+    defaults, rows = {}, []
     for script, name in EFFECTS_OF.items():
-        cells = {}
+        changes = {}
         for row in csv.DictReader((ROOT / f"benchmark/results/{name}_effects.csv").read_text().splitlines()):
-            if row["difference"]:
-                half = (float(row["high"]) - float(row["low"])) / 2
-                key = row["tags"], row["flags"], row["env_id"]
-                cells.setdefault(key, {})[row["measure"]] = f"{float(row['difference']):+.0f} +- {half:.0f}"
-        for (tags, flags, _), effect in cells.items():
-            both = f"{effect['curve']} over the run, {effect['final']} at its end"
-            rows.append(f"| {tags} | {script} `{flags}` | {both} |")
-    return rows
+            if not row["difference"] and row["measure"] == "final":
+                defaults[script] = f"{float(row['mean']):.3g}"
+            elif row["difference"]:
+                middle, half = float(row["difference"]), (float(row["high"]) - float(row["low"])) / 2
+                digits = 0 if abs(float(defaults[script])) > 100 else 1
+                effect = f"{middle:+.{digits}f} +- {half:.{digits}f}"
+                effect = f"**{effect}**" if row["holm"] == "1" else effect
+                cells = changes.setdefault((row["tags"], row["flags"]), {"seeds": row["seeds"]})
+                cells[row["measure"]] = effect
+        for (tags, flags), cells in changes.items():
+            rows.append(f"| {tags} | {script} `{flags}` | {cells['seeds']} | {cells['curve']} | {cells['final']} |")
+    text = re.sub(r"{(ppo\w*\.py)}", lambda match: defaults[match[1]], EFFECTS)
+    return [text, *rows]
 
 
 def page() -> str:
@@ -241,7 +253,7 @@ def page() -> str:
         shown = " ".join(f"`{flag}`" for flag in flags.split())
         cells = [tag, title, *(where(tag, script) for script in SCRIPTS), shown]
         lines.append("| " + " | ".join(cells) + f" | [{test}](../tests/{test_file(test)}) |")
-    return "\n".join([*lines, EFFECTS, *effects()]) + "\n" + NOT_REPRODUCED
+    return "\n".join([*lines, *effects()]) + "\n" + NOT_REPRODUCED
 
 
 if __name__ == "__main__":
