@@ -315,6 +315,6 @@ def test_the_readmes_numbers_are_those_of_the_results():
     """Every number with a deviation or a number of seeds or times CleanRL's is in a row of docs/results.md."""
     cells = [cell.strip() for row in README.splitlines() if row.startswith("|") for cell in row.strip("|").split("|")]
     numbers = [cell for cell in cells if re.search(r"\d seeds?\)|^[\d,.]+x?$", cell)]
-    assert len(numbers) == 18
+    assert len(numbers) == 20
     for number in numbers:
         assert re.search(rf"\| {re.escape(number)} \|", RESULTS), number
