@@ -252,8 +252,9 @@ class TestBadInput:
         assert re.search("room for prompts of 1 to 12 tokens, and one has 1[34]", message)
 
     def test_nothing_is_downloaded(self, args, capfd):
-        """A name of the hub is no directory."""
-        self.refused(args, capfd, "--model", "someone/model")
+        """A name of the hub is no directory. Looking further would fail in other words, also with the stand-in."""
+        message = self.refused(args, capfd, "--model", "someone/model")
+        assert message.startswith("ppo_rlvr.py: error: cannot load the model someone/model: FileNotFoundError")
 
 
 def test_largest_digit():
