@@ -19,7 +19,7 @@ invalid-action masks [aux-4], which the official code lacks. A tag such as [core
 [aux-N] are auxiliary details, [extra-N] behaviours of the official code that the article does not mention.
 docs/details.md lists them all. The algorithm is by Schulman et al. 2017, arXiv:1707.06347.
 
-    python ppo_multidiscrete.py          Jumanji/Cleaner-v0: a mean return above 17 after 98,304 steps
+    python ppo_multidiscrete.py          Jumanji/Cleaner-v0: a mean return of some 18 after 98,304 steps
 
 train() is the algorithm; what it calls stands above it, and what has nothing to do with learning below.
 """
