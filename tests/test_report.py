@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from synthetic import BATCH, make_run, make_suite, one_at_a_time
 
 from benchmark import report
 from benchmark.__main__ import main as benchmark
+from benchmark.plot import read_curves
+from benchmark.statistics import mean_interval
+from benchmark.suite import REFERENCE
 
 WAIT = 300_000  # milliseconds after which a test gives up; a busy machine needs more than the usual 30 seconds
 
@@ -128,6 +132,75 @@ def test_toggles(page):
     page.click("#seeds button")  # all, for one is off
     page.click("#seeds button")
     assert traces(page) == [] and page.inner_text("#count") == "0 of 7 runs"
+    assert page.problems == []
+
+
+def test_means(page):
+    """Over seeds, each as far as it has got, with Student's t intervals; a seed alone has none."""
+    page.select_option("#curves", "means")
+    shown = page.evaluate("get('figure').data.map(t => ({x: t.x, y: t.y, name: t.name, fill: t.fill, panel: t.xaxis, "
+                          "more: t.customdata}))")  # fmt: skip
+    lines, bands = ([trace for trace in shown if bool(trace.get("fill")) == band] for band in (False, True))
+    assert [(trace["name"], trace["panel"]) for trace in lines] == [
+        ("ppo.py (made)", "x"), ("ppo.py (made)", "x2"), ("ppo.py (other)", "x")
+    ]  # fmt: skip
+    assert [trace["panel"] for trace in bands] == ["x", "x2"]
+    assert (lines[0]["x"][0], lines[0]["x"][-1]) == (BATCH, 20 * BATCH)
+    for i in (0, 60, 119):  # returns are 0, seed, 2 seed, .., and their means half of that
+        updates = lines[0]["x"][i] / BATCH - 1
+        low, high = mean_interval(np.array([1, 2, 3]) * updates / 2)
+        assert lines[0]["y"][i] == pytest.approx(updates)
+        assert bands[0]["y"][i] == pytest.approx(high) and bands[0]["y"][-1 - i] == pytest.approx(low)
+    assert float(lines[0]["more"][119].removeprefix(" \u00b1 ")) == pytest.approx(high - 19, rel=1e-2)
+    assert set(lines[2]["more"]) == {""}
+    page.uncheck("#seeds input[value='3']")
+    assert traces(page)[1]["y"][119] == pytest.approx(0.75 * 19)
+    assert page.problems == []
+
+
+def test_settings_of_a_run(page):
+    """A click on its curve shows them."""
+    page.evaluate("get('figure').emit('plotly_click', {points: [{fullData: get('figure')._fullData"
+                  ".find(t => t.meta[0].env === 'A-v0' && t.meta[0].seed === '2')}]})")  # fmt: skip
+    shown = json.loads(page.inner_text("#settings pre"))
+    assert page.inner_text("#settings b") == "A-v0__ppo__2__1700000002"
+    assert shown["seed"] == 2 and shown["num_envs"] == 4
+    assert page.problems == []
+
+
+def test_on_a_phone(page):
+    """390 pixels: the controls are folded away, panels are below each other, and nothing is wider than the screen."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.reload()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not page.is_visible("#metric")
+    page.click("summary")
+    assert page.is_visible("#metric")
+    boxes = [
+        page.locator(f"#figure .{panel} .gridlayer, #figure .{panel}").first.bounding_box() for panel in ("xy", "x2y2")
+    ]
+    title, legend = (page.locator(f"#figure .{part}").bounding_box() for part in ("gtitle", "legend"))
+    assert title["y"] + title["height"] <= legend["y"] and legend["y"] + legend["height"] < boxes[0]["y"]
+    assert boxes[1]["y"] > boxes[0]["y"] + 150 and all(box["width"] > 250 for box in boxes)
+    page.set_viewport_size({"width": 1300, "height": 700})
+    assert page.problems == []
+
+
+def test_official_curves_and_committed_ones(open_page, tmp_path):
+    """Of a suite without runs the page shows what is in the repository, beside the official code."""
+    output = tmp_path / "report.html"
+    assert benchmark(["report", "classic", f"--runs-dir={tmp_path}", f"--output={output}"]) == 0
+    page = open_page(output)
+    folders = {"ppo.py": report.Args([]).results, "official code": REFERENCE}
+    curves = {name: read_curves(folder / "classic.csv") for name, folder in folders.items()}
+    expected = {name: {(env, str(seed)) for env in envs for seed in envs[env]} for name, envs in curves.items()}
+    found = page.evaluate("DATA.runs.map(run => [run.script, run.env, run.seed])")
+    assert {name: {(env, seed) for script, env, seed in found if script == name} for name in expected} == expected
+    dashes = page.evaluate("get('figure').data.map(t => [t.name, t.line.dash])")
+    assert {tuple(pair) for pair in dashes} == {("ppo.py", "solid"), ("official code", "dash")}
+    page.evaluate("get('figure').emit('plotly_click', {points: [{fullData: get('figure')._fullData[0]}]})")
+    settings = json.loads(page.inner_text("#settings pre"))
+    assert settings["env_id"] == found[0][1] and "commit" in settings
     assert page.problems == []
 
 
