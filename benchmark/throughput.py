@@ -60,6 +60,8 @@ class Args:
     """how much longer the run with the large number of steps should take"""
     rounds: int = 5
     """how often every command is measured"""
+    threads: int | None = None
+    """of every command (OMP_NUM_THREADS); default: as many as it takes, with which some crawl beside other work"""
     output: Path | None = None
     """file for the table, as NAME.md; all measurements go into NAME.json beside it"""
 
@@ -144,8 +146,8 @@ def all_commands(args: Args, peers: dict[str, str]) -> tuple[dict[str, str], dic
     script = ROOT / f"{name}.py"
     if not script.exists():
         raise InputError(f"there is no script {script}")
-    if args.steps < 1 or args.rounds < 1 or args.seconds <= 0:
-        raise InputError("--steps, --rounds and --seconds must be above 0")
+    if min(args.steps, args.rounds, 1 if args.threads is None else args.threads) < 1 or args.seconds <= 0:
+        raise InputError("--steps, --rounds, --threads and --seconds must be above 0")
     if args.num_envs and not 1 <= min(args.num_envs) <= max(args.num_envs) <= (args.batch_size or math.inf):
         raise InputError("--num-envs must be above 0, and not above --batch-size")
     try:
@@ -178,6 +180,8 @@ def main(args: Args) -> int:
     """Measures, prints the table, and writes table and numbers after every round if asked to."""
     peers = parse_peers(args.peer)
     commands, small = all_commands(args, peers)
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
     baselines = list(peers) or list(commands)[: not args.num_envs]
     large, failures = {}, {}
     speeds: dict[str, list[float]] = {name: [] for name in commands}
@@ -213,6 +217,7 @@ def main(args: Args) -> int:
             if output := args.output:
                 output = output.with_suffix("") if output.suffix in (".md", ".json") else output
                 facts = provenance() | {"commands": commands, "failures": failures, "small": small, "large": large}
+                facts["threads"] = os.environ.get("OMP_NUM_THREADS")
                 facts |= {"steps_per_second": speeds, "peak_mib": memory}
                 write_file(output.with_name(f"{output.name}.json"), json.dumps(facts, indent=1) + "\n")
                 write_file(output.with_name(f"{output.name}.md"), table(speeds, memory, baselines) + "\n")

@@ -177,6 +177,20 @@ def test_a_command_that_does_not_heed_the_steps(benchmark, monkeypatch):
     assert "take no longer; does the command use {steps}?" in err
 
 
+def test_number_of_threads(benchmark, monkeypatch, tmp_path):
+    """All commands get it, and the numbers say so."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # is put back after the test
+    monkeypatch.setattr(throughput, "measure", MEASURE)
+    command = "sh -c 'sleep $(expr {steps} / 1000)e-2; exit $(expr $OMP_NUM_THREADS - 1)'"
+    settings = {"modes": [], "steps": 1000, "seconds": 0.1, "rounds": 1, "output": tmp_path / "speed.json"}
+    code, _, err = benchmark(f"peer={command}", **settings)
+    assert code == 1 and "exit code 6" in err
+    assert benchmark(f"peer={command}", threads=1, **settings)[0] == 0
+    assert json.loads((tmp_path / "speed.json").read_text())["threads"] == "1"
+    with pytest.raises(InputError, match="--threads"):
+        benchmark(f"peer={command}", threads=0, **settings)
+
+
 def test_number_of_environments(benchmark, monkeypatch):
     """With a batch size, more environments make shorter rollouts; the environments alone are measured beside them."""
     commands = []
@@ -197,7 +211,7 @@ def test_number_of_environments(benchmark, monkeypatch):
         ({"peer": ["a=x '{steps}"]}, "--peer a: No closing quotation"),
         ({"peer": ["ppo.py=x {steps}"]}, "a peer cannot have the name ppo.py: that is our script's"),
         ({"script": "ppo_quantum"}, "there is no script .*ppo_quantum.py"),
-        ({"rounds": 0}, "--steps, --rounds and --seconds must be above 0"),
+        ({"rounds": 0}, "--steps, --rounds, --threads and --seconds must be above 0"),
         ({"num_envs": [4, 0]}, "--num-envs must be above 0"),
         ({"num_envs": [4, 16], "batch_size": 8}, "--num-envs must be above 0, and not above --batch-size"),
         ({"flags": "'"}, "--flags: No closing quotation"),
