@@ -38,6 +38,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -605,6 +606,15 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+def origin() -> dict:
+    """Where a run comes from, besides its settings: the script's commit, if git knows one, and the versions."""
+    names, commit = ("numpy", "torch", "gymnasium", "envpool", "ale_py", "mujoco", "transformers"), ""
+    with contextlib.suppress(OSError):  # there may be no git
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "versions": {n: sys.modules[n].__version__ for n in names if n in sys.modules}}
+
+
 def check_args(args: Args) -> None:
     """Raises InputError for the first setting that cannot work."""
     limits = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "max_grad_norm": (0, math.inf)}
@@ -748,9 +758,10 @@ class Run:
             metrics_bytes = state["metrics_bytes"]
         # What came after the checkpoint is going to be done again.
         self.metrics.seek(self.metrics.truncate(min(metrics_bytes, self.metrics.tell())))
+        self.lines = (self.path / "metrics.jsonl").read_bytes().count(b"\n")
         if args.track:
             self.start_tracking()
-        self.write("config.json", json.dumps(asdict(args) | {"resume": None}, indent=2).encode())
+        self.write("config.json", json.dumps(asdict(args) | {"resume": None} | origin(), indent=2).encode())
         self.start = time.time()
         self.measured_from = self.global_step, self.start
         self.save()
@@ -764,6 +775,8 @@ class Run:
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.path, name=name,
                                     id=name, resume="allow", config=asdict(args))  # fmt: skip
             self.wandb.define_metric("*", step_metric="global_step")
+            shutil.copy(__file__, self.path)  # as it is now, whatever is edited later
+            self.wandb.log_code(self.path, include_fn=lambda path: path.endswith(".py"))
         except Exception as error:
             if not self.args.resume:
                 shutil.rmtree(self.path)
@@ -800,7 +813,8 @@ class Run:
         if self.metrics.write(line) < len(line):
             raise OSError(f"no space left for {self.path / 'metrics.jsonl'}")
         if self.wandb:
-            self.wandb.log(row)
+            self.wandb.log(row, step=self.lines)  # which a resumed run counts on, also where it is offline
+        self.lines += 1
 
     def end_update(self, ends: list[tuple[int, EpisodeEnd]], values: dict[str, float]) -> None:
         """Logs an update and the episodes that ended in it, shows progress, and saves a checkpoint when it is time."""
@@ -885,7 +899,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             value, kinds = saved[name], typing.get_args(kind) or (kind,)
             if value not in kinds and type(value) not in kinds and not (type(value) is int and float in kinds):
                 raise ValueError(f"{name} is {value!r}")
-        saved = Args(**saved)
+        saved = Args(**{name: saved[name] for name in typing.get_type_hints(Args)})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{run_dir} is not a run directory of {SCRIPT}.py: {one_line(error)}") from error
     resumed = parse(replace(saved, capture_video=saved.capture_video and not args.evaluate))

@@ -707,7 +707,7 @@ def test_stop_and_resume(tmp_path):
     assert second == f"stopped by a signal; go on with: python ppo_atari_multigpu.py --resume {name}"
     assert list((tmp_path / "runs").iterdir()) == [path]
     assert {file.name for file in path.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt"}
-    assert json.loads((path / "config.json").read_text()) == asdict(args)
+    assert json.loads((path / "config.json").read_text()).items() >= asdict(args).items()
     assert updates_of(path) == list(range(1, stopped_at + 1))
     assert checkpoint(path)["update"] == stopped_at
     # Without no-ops all games end by the time limit, at once: those of both ranks are there.

@@ -235,7 +235,7 @@ def test_a_run(capfd):
     """Files, seeds, a kill before the first checkpoint, resuming, and playing."""
     first, again, other = (train(small(4, seed=seed, runs_dir=name)) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
     assert files(first).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
-    assert json.loads((first / "config.json").read_text()) == asdict(small(4, runs_dir="a"))
+    assert json.loads((first / "config.json").read_text()).items() >= asdict(small(4, runs_dir="a")).items()
     rows = metrics(first)
     assert {frozenset(row) for row in rows} == {frozenset(EPISODE), frozenset(UPDATE)}
     assert {row["charts/learning_rate"] for row in rows if row.keys() == UPDATE} == {5e-4}

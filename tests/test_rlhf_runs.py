@@ -138,7 +138,7 @@ def test_a_run_directory_has_what_it_should():
     names = {entry.name for entry in path.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoint.pt", "answers_0.txt", "answers_2.txt", "answers_4.txt"}
     assert re.match(r"-?[\d.]+ -?\d+ [a-z]{4}: ", (path / "answers_4.txt").read_text())
-    assert json.loads((path / "config.json").read_text()) == asdict(SMALL)
+    assert json.loads((path / "config.json").read_text()).items() >= asdict(SMALL).items()
     assert rows[-1]["eval/proxy_score"] == result["proxy_score"]
     assert rows[-1]["eval/true_score"] == result["true_score"]
     assert {f"reward_model/{name}" for name in rlhf.FACTS} < rows[0].keys()

@@ -116,7 +116,7 @@ def test_a_run_directory_has_what_it_should():
     names = {entry.name for entry in path.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "checkpoint.pt", "answers_0.txt", "answers_2.txt", "answers_4.txt"}
     assert re.match(r"[\d.]+ \w:\w+\? ", (path / "answers_4.txt").read_text())
-    assert json.loads((path / "config.json").read_text()) == asdict(replace(SMALL))
+    assert json.loads((path / "config.json").read_text()).items() >= asdict(replace(SMALL)).items()
     assert rows[-1]["eval/greedy_accuracy"] == result["greedy_accuracy"]
     expected = {"charts/reward", "charts/episodic_return", "charts/episodic_length", "charts/truncated",
                 "charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",

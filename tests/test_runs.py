@@ -1,6 +1,7 @@
 """A run's directory and its life: metrics, checkpoints, kills, signals, resuming, playing, videos and tracking."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import forking
@@ -232,7 +233,12 @@ def test_files_of_a_run(capsys):
     (path,) = Path("runs").iterdir()
     assert re.fullmatch(r"CartPole-v1__trial__3__\d+", path.name)
     assert files(path).keys() == {"config.json", "metrics.jsonl", "checkpoint.pt"}
-    assert json.loads((path / "config.json").read_text()) == asdict(args)
+    config = json.loads((path / "config.json").read_text())
+    assert config.items() >= asdict(args).items()
+    assert config["versions"].items() >= {"torch": torch.__version__, "gymnasium": gym.__version__}.items()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPT.parent, capture_output=True, text=True).stdout
+    commit = config["commit"].removesuffix("-dirty").rpartition("-g")[2]  # a tag may come first
+    assert head.startswith(commit) and len(commit) >= min(7, len(head))
     output = capsys.readouterr()
     assert re.fullmatch(rf"{path.resolve()}: 320 steps, mean return \d+\.\d\n", output.out)
     assert problems(output.err) == []
@@ -831,7 +837,10 @@ def offline_records(path: Path):
 
 @pytest.mark.parametrize(("script", "rows"), [(ppo, 40), (ppo_continuous, 20 + 6)])
 def test_tracking(script, rows, monkeypatch):
-    """Offline, Weights & Biases gets the settings and the same numbers that metrics.jsonl has."""
+    """Offline, Weights & Biases gets the settings and the same numbers that metrics.jsonl has, when resumed too.
+
+    Where it goes on it counts on: `wandb sync` drops rows whose steps it has had already.
+    """
     import wandb
 
     wandb.teardown()  # what other tests have set must not last
@@ -840,20 +849,27 @@ def test_tracking(script, rows, monkeypatch):
     args = small(20, script, track=True, wandb_project_name="trials", ent_coef=0.02)
     path = train(args)
     wandb.teardown()
-    (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
-    history, config, runs = [], {}, []
-    for record in offline_records(file):
+    train(replace(args, resume=str(path), total_timesteps=24 * BATCH))
+    wandb.teardown()
+    history, steps, config, runs, code = [], [], {}, [], []
+    files = sorted(path.glob("wandb/offline-run-*/run-*.wandb"))
+    for record in itertools.chain.from_iterable(map(offline_records, files)):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             runs.append((record.run.run_id, record.run.display_name, record.run.project))
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "artifact":
+            code += [Path(entry.local_path).read_text() for entry in record.artifact.manifest.contents]
         elif kind == "history":
             keys = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             history.append({key: value for key, value in keys.items() if not key.startswith("_")})
-    assert set(runs) == {(path.name, path.name, "trials")}
-    assert {key: config[key] for key in asdict(args)} == asdict(args)
+            steps.append(record.history.step.num)
+    assert len(files) == 2 and set(runs) == {(path.name, path.name, "trials")}
+    assert config.items() >= (asdict(args) | {"resume": str(path), "total_timesteps": 24 * BATCH}).items()
     assert len(history) >= rows
     assert history == metrics(path)
+    assert steps == list(range(len(history)))
+    assert code == [Path(script.__file__).read_text()] * 2
 
 
 def test_training_in_a_thread():

@@ -39,7 +39,6 @@ DIFFERENCES = {
         "compiled": "nothing is compiled",
         "reported": "one backend",
         "evaluate": IMAGES,
-        "parse_args": "ppo_atari_envpool.py's runs can be played too",
     },
     "ppo_atari_envpool.py": ENVPOOL,
     "ppo_atari_multigpu.py": ENVPOOL
@@ -71,11 +70,11 @@ SIBLINGS = {
         "AlgorithmArgs", "EnvironmentArgs", "RunArgs", "Args", "EpisodeEnd", "Environments",
         "Environments.__init__", "Environments.reset", "Environments.step", "make_envs", "NatureCNN",
         "NatureCNN.__init__", "NatureCNN.forward", "Agent", "Agent.__init__", "Agent.forward", "Rollout",
-        "collect_rollout", "Batch", "gradient_step", "train", "check_args", "reported", "evaluate", "parse_args",
+        "collect_rollout", "Batch", "gradient_step", "train", "check_args", "reported", "evaluate",
     },
     ("ppo_atari.py", "ppo_atari_envpool.py"): {
         "EnvironmentArgs", "RunArgs", "find_game", "make_envs", "Agent.forward", "collect_rollout", "train",
-        "check_args", "evaluate", "parse_args",
+        "check_args", "evaluate",
     },
     ("ppo_atari_envpool.py", "ppo_procgen.py"): {
         "AlgorithmArgs", "EnvironmentArgs", "RunArgs", "Args", "Args.num_updates", "EpisodeEnd", "EnvpoolEnvironments",
