@@ -73,7 +73,7 @@ class AlgorithmArgs:
     num_steps: int = 5  # the most tokens of an answer or a lesson, its end included
     baseline: Literal["none", "ppo"] = "none"  # learn from lessons, or with PPO from the rewards alone
     num_lessons: int = 4  # lessons that are written in one reflection
-    trials: int = 2  # fresh problems on which each lesson is tried first; then twice as many for the better half
+    trials: int = 1  # fresh problems on which each lesson is tried first; then twice as many for the better half
     good_enough: float = 0.97  # a task whose lesson scores this is left alone
     reflection: bool = True  # write lessons from attempts; off: words at random, selected in the same way
     wrong_rewards: bool = False  # let the reflection see rewards of another task
