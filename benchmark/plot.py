@@ -31,7 +31,7 @@ import tyro
 
 from benchmark.files import write_file
 from benchmark.provenance import provenance
-from benchmark.statistics import ENOUGH, interval, iqm
+from benchmark.statistics import ENOUGH, LEVEL, equivalence, interval, iqm
 from benchmark.suite import (
     REFERENCE,
     ROOT,
@@ -362,6 +362,23 @@ def table(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict
     return markdown_table(lines)
 
 
+def equivalence_table(suite: Suite, ours: Curves, official: Curves) -> str:
+    """Markdown table: whether final returns are the official code's, but for differences that would not matter."""
+    names = short_names(suite.env_ids)
+    lines = [["environment", "difference", "90% interval", "margin", "p", "equivalent"]]
+    for env_id, margin in suite.margins.items():
+        finals = [np.array([curve.values[-1] for curve in curves.get(env_id, {}).values() if curve.finished])
+                  for curves in (ours, official)]  # fmt: skip
+        found = equivalence(*finals, margin)
+        cells = ["-", "-", f"{margin:g}", "-", "one seed cannot say"]
+        if found:
+            interval_ = f"{found.low:+.1f} to {found.high:+.1f}"
+            equal = "yes" if found.p < 1 - LEVEL else "not shown"
+            cells = [f"{found.value:+.1f}", interval_, f"{margin:g}", f"{found.p:.2g}", equal]
+        lines.append([names[env_id], *cells])
+    return markdown_table(lines)
+
+
 def legend_label(name: str, curves: Curves) -> str:
     """A name with its number of seeds, and how many of them are unfinished."""
     numbers = sorted({len(seeds) for seeds in curves.values() if seeds})
@@ -506,6 +523,9 @@ def main(args: Args) -> int:
     published = suite.published if args.metric == RETURN else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, others, published, args)
+    if suite.margins and suite.reference_label in others:
+        text += f"\n\nEquivalence with the {suite.reference_label}, by two one-sided Welch's t tests at 5%:\n\n"
+        text += equivalence_table(suite, ours, others[suite.reference_label])
     with writing(args.results):
         write_file(args.results / f"{name}.md", text + "\n")
     with writing(args.output):

@@ -99,6 +99,24 @@ def sum_of_means(parts: Sequence[tuple[float, np.ndarray]], method: str, seeds: 
     return t_estimate(value, np.sqrt(sum(squares)), np.maximum(freedom, 1), seeds, method)
 
 
+def equivalence(ours: np.ndarray, theirs: np.ndarray, margin: float) -> Estimate | None:
+    """Whether the means of samples [seeds, ...] differ by less than a margin: two one-sided Welch's t tests.
+
+    That no difference can be seen may only mean that few seeds were looked at; this asks the reverse (Schuirmann 1987).
+    p is the larger one of both tests. The interval is that of 90%, which is within the margin exactly where p is below
+    5%. None if there are fewer than two seeds of either.
+    """
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    value, seeds, method = ours.mean(0) - theirs.mean(0), min(len(ours), len(theirs)), "two one-sided Welch's t"
+    if not np.ptp(ours) and not np.ptp(theirs):
+        return Estimate(value, value, value, float(abs(value) >= margin), seeds, method)
+    above = stats.ttest_ind(ours + margin, theirs, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind(ours - margin, theirs, equal_var=False, alternative="less").pvalue
+    low, high = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(1 - 2 * (1 - LEVEL))
+    return Estimate(value, low, high, np.maximum(above, below), seeds, method)
+
+
 def probability_of_improvement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Estimate:
     """How often a run of ours [seeds] ends above one of theirs, ties half, mean over environments.
 

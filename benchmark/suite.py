@@ -108,6 +108,7 @@ class Suite:
     compare: tuple[str, ...] = ()  # files of other suites whose curves are drawn beside
     published: dict[str, tuple[float, float]] = field(default_factory=dict)  # mean and deviation of the final return
     published_label: str = "article"
+    margins: dict[str, float] = field(default_factory=dict)  # of final returns: differences that would not matter
     steps_label: str = "environment steps"
 
     @property
@@ -313,6 +314,12 @@ KEYS = {
         "a table of [mean, standard deviation]",
     ),
     "published_label": (text, "a string"),
+    "margins": (
+        lambda value: (
+            isinstance(value, dict) and list_of(int | float, [*value.values()]) and all(m > 0 for m in value.values())
+        ),
+        "a table of numbers above 0",
+    ),
     "steps_label": (text, "a string"),
 }
 
@@ -340,7 +347,7 @@ def load_suite(name_or_path: str, extra_flags: Iterable[str] = ()) -> Suite:
         raise InputError(f"{path}: the file's name is that of the suite, and {path.stem} is no name")
     if missing := [key for key in ("title", "script", "env_ids", "seeds") if key not in table]:
         raise InputError(f"{path}: {' and '.join(missing)} missing")
-    for key in ("published", "env_flags"):
+    for key in ("published", "margins", "env_flags"):
         if unknown := [env_id for env_id in table.get(key, {}) if env_id not in table["env_ids"]]:
             raise InputError(f"{path}: {key} has {', '.join(unknown)}, which env_ids has not")
     if "reference" in table and not (REFERENCE / table["reference"]).is_file():

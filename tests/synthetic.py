@@ -25,12 +25,10 @@ def make_suite(folder: Path, env_ids=("A-v0", "B-v0"), seeds=(1, 2, 3), updates=
     """Writes a suite of ppo.py; returns its file."""
     table = {"title": "Made up", "script": "ppo.py", "env_ids": list(env_ids), "seeds": list(seeds)}
     table |= {"flags": ["--total-timesteps", str(updates * BATCH)]} | entries
-    published, variants = table.pop("published", {}), table.pop("variants", {})
+    tables = {key: table.pop(key) for key in list(table) if isinstance(table[key], dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    lines += ["[published]"] * bool(published) + [
-        f"{json.dumps(env)} = {list(pair)}" for env, pair in published.items()
-    ]
-    lines += ["[variants]"] * bool(variants) + [f"{json.dumps(key)} = {json.dumps(v)}" for key, v in variants.items()]
+    for key, entries in tables.items():
+        lines += [f"[{key}]", *(f"{json.dumps(entry)} = {json.dumps(value)}" for entry, value in entries.items())]
     (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
     return folder / f"{name}.toml"
 

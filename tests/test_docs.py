@@ -296,7 +296,10 @@ def test_curves_tables_are_those_of_the_committed_results(name):
 
 
 SPEEDS = [
-    ("throughput", ["CleanRL", "Stable-Baselines3"]),
+    ("throughput", ["CleanRL", "Stable-Baselines3", "PureJaxRL"]),
+    ("throughput_continuous_avx512", ["CleanRL", "Stable-Baselines3"]),
+    ("throughput_atari_avx512", ["CleanRL"]),
+    ("throughput_multidiscrete", ["MaskablePPO"]),
     ("throughput_continuous", ["CleanRL", "Stable-Baselines3", "SBX"]),
     ("throughput_atari", ["CleanRL"]),
     ("throughput_lstm", ["CleanRL"]),

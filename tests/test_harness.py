@@ -296,6 +296,8 @@ BAD_SUITES = [
     ('script = "a\\u0000b.py"', "its script a\\x00b.py does not exist"),
     ("published = {CartPole-v1 = 3}", "published must be a table of [mean, standard deviation]"),
     ("published = {Pong = [3, 1]}", "published has Pong, which env_ids has not"),
+    ("margins = {CartPole-v1 = 0}", "margins must be a table of numbers above 0"),
+    ("margins = {Pong = 3}", "margins has Pong, which env_ids has not"),
     ('env_flags = ["--compile"]', "env_flags must be a table of lists of strings"),
     ('env_flags = {Pong = ["--compile"]}', "env_flags has Pong, which env_ids has not"),
     ('env_flags = {CartPole-v1 = ["--compil"]}', "ppo.py has no flag --compil; did you mean --compile?"),

@@ -14,7 +14,7 @@ from synthetic import BATCH, make_run, make_suite
 from benchmark import plot
 from benchmark.__main__ import main as benchmark
 from benchmark.plot import Curve
-from benchmark.suite import InputError, read_metrics
+from benchmark.suite import REFERENCE, InputError, read_metrics
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def draw(tmp_path, capsys):
-    """Plots a suite of tmp_path with its runs; returns table rows by environment, and what was said on stderr."""
+    """Plots a suite of tmp_path with its runs; returns its table's rows by environment, and what was said on stderr."""
 
     def run(suite, **settings):
         folders = {"runs_dir": tmp_path / "runs", "results": tmp_path / "results", "output": tmp_path / "img"}
         assert plot.main(plot.Args(str(suite), **(folders | settings))) == 0
         out, err = capsys.readouterr()
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.partition("\n\n")[0].splitlines()]
         return {row[0]: row[1:] for row in rows}, err
 
     return run
@@ -165,6 +165,23 @@ def test_table_figure_and_data(draw, tmp_path):
     assert "drawing from" in err
     for path, contents in files.items():
         assert (tmp_path / "again" / path.name).read_bytes() == contents
+
+
+def test_equivalence_with_the_official_code(draw, tmp_path, no_figure):
+    """For the environments with a margin; a seed alone says nothing, nor does an unfinished run."""
+    suite = make_suite(tmp_path, ["CartPole-v1", "Acrobot-v1"], reference="classic.csv",
+                       margins={"CartPole-v1": 25, "Acrobot-v1": 9})  # fmt: skip
+    finals = [480, 490, 499]
+    for seed, final in enumerate(finals, start=1):
+        make_run(tmp_path / "runs", "CartPole-v1", seed, [final] * 20)
+    make_run(tmp_path / "runs", "CartPole-v1", 4, [20] * 10)
+    make_run(tmp_path / "runs", "Acrobot-v1", 1, [-80] * 20)
+    draw(suite)
+    official = [curve.values[-1] for curve in plot.read_curves(REFERENCE / "classic.csv")["CartPole-v1"].values()]
+    found = stats.ttest_ind(finals, official, equal_var=False).confidence_interval(0.9)
+    table = (tmp_path / "results/made.md").read_text().partition("by two one-sided")[2]
+    assert f"| {np.mean(finals) - np.mean(official):+.1f} | {found.low:+.1f} to {found.high:+.1f} | 25 | 0.0" in table
+    assert "| Acrobot-v1 | - | - | 9 | - | one seed cannot say |" in table
 
 
 def test_more_runs_are_added_to_the_curves(draw, tmp_path, no_figure):

@@ -107,6 +107,32 @@ def test_what_few_seeds_do_not_say():
     assert np.isfinite(statistics.interval(np.ones((10, 2)), "iqm")).all()
 
 
+@pytest.mark.parametrize("seeds", [(4, 5), (10, 10)])
+def test_equivalence_errs_in_one_of_twenty(seeds):
+    """At most, where the true difference is just the margin; and it finds means that are equal."""
+    rng = np.random.default_rng(1)
+
+    def share(difference: float, margin: float) -> float:
+        ours, theirs = difference + rng.normal(size=(seeds[0], TRIALS)), rng.normal(size=(seeds[1], TRIALS))
+        found = statistics.equivalence(ours, theirs, margin)
+        within = (-margin < found.low) & (found.high < margin)
+        np.testing.assert_array_equal(found.p < 0.05, within)
+        return within.mean()
+
+    assert 0.04 < share(3, 3) < 0.06
+    assert 0.04 < share(-3, 3) < 0.06
+    assert share(0, 3) > 0.9
+    assert share(0, 0.2) < 0.05  # too few seeds for so small a margin
+
+
+def test_equivalence_of_returns_without_variation():
+    assert statistics.equivalence(np.full(3, -200.0), np.full(4, -200.0), 10) == statistics.Estimate(
+        0, 0, 0, 0, 3, "two one-sided Welch's t"
+    )
+    assert statistics.equivalence(np.full(3, -200.0), np.full(4, -190.0), 10).p == 1
+    assert statistics.equivalence(np.array([1.0]), np.array([1.0, 2.0]), 10) is None
+
+
 def test_probability_of_improvement():
     """Of all pairs of runs in an environment, mean over environments; equal runs count half."""
     ours, theirs = [np.array([1.0, 2.0, 3.0]), np.array([5.0, 5.0, 5.0])], [np.array([2.0, 0.0, 0.0]), np.zeros(3)]
