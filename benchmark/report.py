@@ -79,7 +79,8 @@ def committed_runs(suite: Suite, names: dict[str, str], results: Path) -> list[d
         return []
     groups, facts = read_groups(path), read_sidecar(path.with_suffix(".json"))
     with open(path, newline="", encoding="utf-8") as file:
-        column = next(csv.reader(file))[-2]
+        head = next(csv.reader(file))
+    column = head[head.index("global_step") + 1]
     metric = RETURN if column == "return_mean_100" else column
     known = {key: facts[key] for key in ("commit", "trained_at", "machine", "versions") if key in facts}
     runs = []
