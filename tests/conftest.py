@@ -1,6 +1,9 @@
 """What the tests share."""
 
 import contextlib
+import dataclasses
+import gc
+import inspect
 import os
 import signal
 import sys
@@ -10,29 +13,59 @@ from pathlib import Path
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import forking
-import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-torch.set_num_threads(1)
 
-if sys.platform == "linux":  # EnvPool looks for Qt when it is first imported, which many tests do
-    import ppo_procgen
 
-    ppo_procgen.load_qt()
+def pytest_configure(config):
+    """What all tests need is imported where tests run, which with -n is not here but in processes of xdist."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        if forking.Forked is not forking.ByPython:
+            forking.start_server()  # one for all of them, which imports while they look for the tests
+        return
+    remember_what_has_no_source()
+    import torch
+
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # EnvPool looks for Qt when it is first imported, which many tests do
+        import ppo_procgen
+
+        ppo_procgen.load_qt()
+
+
+def remember_what_has_no_source():
+    """Reading a command line takes a third of its time: tyro asks, again and again, where a made-up class is written.
+
+    Python parses the whole of types.py for that, each time in vain.
+    """
+    find = inspect.findsource
+
+    def findsource(subject):
+        if dataclasses.is_dataclass(subject) and getattr(subject, "__module__", "") == "types":
+            raise OSError("could not find class definition")  # in Python's words
+        return find(subject)
+
+    inspect.findsource = findsource
+
+
+def pytest_collection_finish():
+    """What all tests share is not looked through again whenever a test has made much garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def kill_all_in(folder: Path) -> None:
     """Kills the Python programs that work in a folder, but not this process."""
-    for path in Path("/proc").glob("[0-9]*"):
+    place = str(folder.resolve())
+    for name in os.listdir("/proc") if sys.platform == "linux" else []:
         # Some have just ended. Those of Weights & Biases and Slurm, which may serve other tests, are no such programs.
         with contextlib.suppress(OSError):
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            if int(path.name) != os.getpid() and (path / "cwd").resolve() == folder.resolve():
+            if name.isdigit() and os.readlink(f"/proc/{name}/cwd") == place and int(name) != os.getpid():
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
                 if b"benchmark" in words or any(word.endswith(b".py") for word in words):
-                    os.kill(int(path.name), signal.SIGKILL)
+                    os.kill(int(name), signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
@@ -52,4 +85,6 @@ def pytest_sessionfinish():
 @pytest.fixture
 def load_fixture():
     """Reads a recording of the official code by name."""
+    import numpy as np
+
     return lambda name: np.load(ROOT / "tests" / "fixtures" / f"{name}.npz")

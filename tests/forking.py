@@ -1,8 +1,8 @@
 """Processes that need not import anything: what the scripts import takes longer than a short run of them.
 
-A server, one for each process that runs tests, has imported it once and forks itself for every start. What is forked
-is a process of its own, with its own command line, environment, folder, files and signals; only the imports are not
-its own. What those could change, and the moments before they are over, is tested with processes that Python starts.
+A server, one for all tests, has imported it once and forks itself for every start. What is forked is a process of its
+own, with its own command line, environment, folder, files and signals; only the imports are not its own. What those
+could change, and the moments before they are over, is tested with processes that Python starts.
 
 As a program, this file is the server.
 """
@@ -15,12 +15,14 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -41,29 +43,39 @@ torch.distributed.run.main()
 ending = []  # what ends the server
 
 
-def server() -> str:
-    """Where the server listens; starts one if there is none."""
+def start_server() -> None:
+    """Starts a server, which is going to listen when it has imported all."""
+    address = str(Path(tempfile.mkdtemp()) / "socket")
+    command, environment = (
+        [sys.executable, "-P", str(Path(__file__).resolve()), address],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    environment.pop("PYTHONPATH", None)
+    # It ends when the other end of its stdin does, whatever ends that.
+    process = subprocess.Popen(command, env=environment, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    os.environ[ADDRESS] = address
+
+    def end():
+        process.stdin.close()
+        process.wait(60)
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+        os.environ.pop(ADDRESS, None)
+
+    ending.append(end)
+
+
+def connect(patience: float = 120) -> socket.socket:
+    """A connection to the server; starts one if there is none."""
     if ADDRESS not in os.environ:
-        address = str(Path(tempfile.mkdtemp()) / "socket")
-        command, environment = (
-            [sys.executable, "-P", str(Path(__file__).resolve()), address],
-            os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        environment.pop("PYTHONPATH", None)
-        # It ends when the other end of its stdin does, whatever ends that.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, cwd="/", **pipes)
-        assert process.stdout.readline() == b"ready\n"
-        process.stdout.close()
-        os.environ[ADDRESS] = address
-
-        def end():
-            process.stdin.close()
-            process.wait(60)
-            os.environ.pop(ADDRESS, None)
-
-        ending.append(end)
-    return os.environ[ADDRESS]
+        start_server()
+    connection, deadline = socket.socket(socket.AF_UNIX), time.monotonic() + patience
+    while True:
+        try:
+            connection.connect(os.environ[ADDRESS])
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError):  # it is still importing
+            assert time.monotonic() < deadline, "the server of processes does not listen"
+            time.sleep(0.05)
 
 
 class Forked:
@@ -75,11 +87,10 @@ class Forked:
 
     def __init__(self, words, stdout=None, stderr=None, env=None, cwd=None, start_new_session=False):
         self.args, self.returncode, self.outputs = [str(word) for word in words], None, []
-        address, env = server(), dict(os.environ if env is None else env)
+        self.connection = connect()
         # What it starts may be forked too.
-        request = {"words": self.args, "env": env | {ADDRESS: address}, "cwd": str(cwd or os.getcwd())}
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(address)
+        env = (os.environ if env is None else env) | {ADDRESS: os.environ[ADDRESS]}
+        request = {"words": self.args, "env": env, "cwd": str(cwd or os.getcwd())}
         descriptors = []
         for number, target in ((1, stdout), (2, stderr)):
             self.outputs.append(tempfile.TemporaryFile("w+") if target == subprocess.PIPE else None)
@@ -210,8 +221,6 @@ def serve(address: str) -> list[str]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(100)
-    os.write(1, b"ready\n")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     while True:
         if listener not in select.select([listener, 0], [], [])[0]:
             listener.close()
