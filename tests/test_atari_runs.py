@@ -305,7 +305,7 @@ def test_evaluate(capfd, script):
     In Freeway a chicken that always goes up crosses the street; one that always waits does not. Where an action is only
     a little more probable, it is the only one with --eval-deterministic, and one of three without.
     """
-    path = train(small(1, script, env_id="Freeway", max_game_frames=700, noop_max=30))
+    path = train(small(1, script, env_id="Freeway", max_game_frames=400, noop_max=30))
     said = {}
     cases = {"up": (1, 8, []), "again": (1, 8, []), "wait": (0, 0.01, ["--eval-deterministic"]), "any": (0, 0.01, [])}
     for name, (action, by, extra) in cases.items():

@@ -32,7 +32,6 @@ from test_runs import (
     in_empty_folder,  # noqa: F401 - a fixture that every test uses
     metrics,
     problems,
-    run_script,
     small,
     train,
     update_steps,
@@ -341,11 +340,15 @@ def test_without_envpool(capfd, monkeypatch):
 
 
 # The script as a file -------------------------------------------------------------------------------------------------
-def test_help():
-    done = run_script(Path(ppo_multidiscrete.__file__), "--help")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        ppo_multidiscrete.main(["--help"])
+    assert not stop.value.code
+    output = capsys.readouterr()
+    assert output.err == ""
     for field in fields(ppo_multidiscrete.Args):
-        assert re.search(rf"--{field.name.replace('_', '-')}\b", done.stdout), field.name
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", output.out), field.name
 
 
 EDITS = {

@@ -121,7 +121,7 @@ def test_same_results_as_on_this_machine():
     assert run_on_slurm("--workers", "1") == 0
     assert Path("output").read_text().endswith("2 of 2 finished\n")
     assert_complete(128, 20)
-    assert start("--runs-dir", "local").wait(WAIT) == 0
+    assert start("--runs-dir", "local", "--preload", "--workers", "1").wait(WAIT) == 0  # one import for both
     assert rows() == rows("local")
     before = set(Path("runs/suite/slurm").iterdir())
     assert len([path for path in before if path.name.endswith("submitted.pkl")]) == 2

@@ -62,7 +62,8 @@ class Page(HTMLParser):
 @pytest.mark.slow
 def test_smoke_suite(type_command, tmp_path):
     """run, plot, report and upload: each writes what it says, and doing it again changes nothing."""
-    assert type_command("run", "smoke", "--runs-dir", "runs").splitlines()[-1] == "4 of 4 finished"
+    run = ("run", "smoke", "--runs-dir", "runs", "--preload", "--workers", "1")  # one import for all
+    assert type_command(*run).splitlines()[-1] == "4 of 4 finished"
     paths = {}
     for path in tmp_path.glob("runs/*__ppo__*"):
         config = json.loads((path / "config.json").read_text())
