@@ -28,6 +28,7 @@ def pytest_configure(config):
     remember_what_has_no_source()
     import torch
 
+    remember_orthogonal_weights(torch)
     torch.set_num_threads(1)
     if sys.platform == "linux":  # EnvPool looks for Qt when it is first imported, which many tests do
         import ppo_procgen
@@ -48,6 +49,30 @@ def remember_what_has_no_source():
         return find(subject)
 
     inspect.findsource = findsource
+
+
+def remember_orthogonal_weights(torch):
+    """Most tests begin with the same random numbers, and so with the same weights, which take long to compute.
+
+    What comes out is the same to the last bit, and so are the random numbers that come after it.
+    """
+    orthogonal, known = torch.nn.init.orthogonal_, {}
+
+    def orthogonal_(tensor, gain=1, generator=None):
+        if generator is not None or tensor.device.type != "cpu" or tensor.numel() < 100_000:
+            return orthogonal(tensor, gain, generator)
+        key = (tuple(tensor.shape), tensor.dtype, gain, torch.get_rng_state().numpy().tobytes())
+        if key not in known:
+            while len(known) >= 20:  # of up to 6 MB each
+                del known[next(iter(known))]
+            known[key] = orthogonal(tensor, gain).detach().clone(), torch.get_rng_state()
+        else:
+            torch.set_rng_state(known[key][1])
+            with torch.no_grad():
+                tensor.copy_(known[key][0])
+        return tensor
+
+    torch.nn.init.orthogonal_ = orthogonal_
 
 
 def pytest_collection_finish():

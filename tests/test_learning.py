@@ -32,7 +32,7 @@ def steps_until(script, goal: float, episodes: int, **settings) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_learns_cartpole_within_80k_steps(tmp_path, seed):
     """Mean return of 100 episodes of 300 or more, of at most 500; the first policy gets 20.
 
@@ -48,7 +48,7 @@ def test_learns_cartpole_within_80k_steps(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_balances_the_inverted_pendulum_within_60k_steps(tmp_path, seed):
     """Mean return of 20 episodes of 950 or more, of at most 1000; that is with the noise of exploration.
 
@@ -99,7 +99,7 @@ def played(args: ppo_continuous.Args, run_dir: str) -> float:
     return float(np.mean(ppo_continuous.evaluate(args)))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_moves_to_the_target(tmp_path, seed):
     """Without noise nearly the optimum; with the noise that the policy has kept, somewhat less.
 
@@ -148,7 +148,7 @@ def recalled(tmp_path, **changed) -> float:
     return ppo_lstm.train(ppo_lstm.Args(**(settings | changed)))["episodic_return"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_remembers_a_cue(tmp_path, seed):
     """Of 100 answers the seeds 1 to 12 gave 98 to 100 right ones, on both kinds of kernels; without memory half are."""
     assert recalled(tmp_path, seed=seed) >= 0.95
