@@ -187,7 +187,7 @@ class EnvpoolEnvironments:
             kwargs["max_episode_steps"] = min(kwargs["max_episode_steps"], args.eval_max_steps)
         kwargs |= {"stack_num": 1, "num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make = lambda seed: envpool.make_gymnasium(f"{game}-v5", **kwargs, seed=seed % 2**31)
-        self.pool, self.zero_stack = self.make(args.seed), args.zero_stack
+        self.pool, self.unplayed, self.zero_stack = self.make(args.seed), args.seed, args.zero_stack
         if self.pool.observation_space.shape != (1, 84, 84):
             raise InputError(f"the game must show 84 x 84 gray pixels, not {self.pool.observation_space}")
         self.observation_space = Box(0, 255, (args.frame_stack, 84, 84), np.uint8)
@@ -213,7 +213,9 @@ class EnvpoolEnvironments:
         A run that is resumed at first_step does not play its first games again. EnvPool takes a seed only when
         environments are made, and gives environment i seed + i. [extra-35]
         """
-        self.pool = self.make(seed + first_step)
+        if seed + first_step != self.unplayed:  # what has just been made need not be made again
+            self.pool = self.make(seed + first_step)
+        self.unplayed = None
         self.stack(slice(None), self.pool.reset()[0][:, 0], first=True)
         self.returns, self.lengths = np.zeros(len(self.obs)), np.zeros(len(self.obs), int)
         return self.obs

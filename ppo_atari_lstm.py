@@ -323,14 +323,16 @@ class EnvpoolEnvironments(Environments):
         } | json.loads(args.env_kwargs)  # fmt: skip
         kwargs |= {"stack_num": 1, "num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make = lambda seed: envpool.make_gymnasium(f"{game}-v5", **kwargs, seed=seed % 2**31)
-        self.envs, self.pool = [], self.make(args.seed)
+        self.envs, self.pool, self.unplayed = [], self.make(args.seed), args.seed
         if self.pool.observation_space.shape != (1, 84, 84):
             raise InputError(f"the game must show 84 x 84 gray pixels, not {self.pool.observation_space}")
         self.observation_space, self.action_space = Box(0, 255, (84, 84), np.uint8), self.pool.action_space
 
     def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
         """As above. EnvPool takes a seed only when environments are made."""
-        self.pool = self.make(seed + first_step)
+        if seed + first_step != self.unplayed:  # what has just been made need not be made again
+            self.pool = self.make(seed + first_step)
+        self.unplayed = None
         obs, _ = self.pool.reset()
         self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
         return obs[:, 0]

@@ -227,12 +227,14 @@ class EnvpoolEnvironments(Environments):
         kwargs = {"max_episode_steps": int(min(max_steps, envpool.make_spec(args.env_id).config.max_episode_steps))}
         kwargs |= json.loads(args.env_kwargs) | {"num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make = lambda seed: envpool.make_gymnasium(args.env_id, **kwargs, seed=seed % 2**31)
-        self.envs, self.pool = [], self.make(args.seed)
+        self.envs, self.pool, self.unplayed = [], self.make(args.seed), args.seed
         self.observation_space, self.action_space = self.pool.observation_space, self.pool.action_space
 
     def reset(self, seed: int, first_step: int = 0) -> np.ndarray:
         """As above. EnvPool takes a seed only when environments are made."""
-        self.pool = self.make(seed + first_step)
+        if seed + first_step != self.unplayed:  # what has just been made need not be made again
+            self.pool = self.make(seed + first_step)
+        self.unplayed = None
         obs, _ = self.pool.reset()
         obs[:, self.hidden] = 0
         self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)

@@ -177,7 +177,7 @@ class EnvpoolEnvironments:
         kwargs = {"num_levels": args.num_levels, "start_level": args.start_level} | json.loads(args.env_kwargs)
         kwargs |= {"num_envs": args.num_envs, "batch_size": args.num_envs}
         self.make = lambda seed: envpool.make_gymnasium(args.env_id, **kwargs, seed=seed % 2**31)
-        self.pool = self.make(args.seed)
+        self.pool, self.unplayed = self.make(args.seed), args.seed
         self.observation_space, self.action_space = self.pool.observation_space, self.pool.action_space
         if self.observation_space.shape != (3, 64, 64):
             raise InputError(f"the game must show images (3, 64, 64), not {self.observation_space}")
@@ -188,7 +188,9 @@ class EnvpoolEnvironments:
         A run that is resumed at first_step does not play its first episodes again. EnvPool takes a seed only when
         environments are made, and gives environment i seed + i. [extra-35]
         """
-        self.pool = self.make(seed + first_step)
+        if seed + first_step != self.unplayed:  # what has just been made need not be made again
+            self.pool = self.make(seed + first_step)
+        self.unplayed = None
         obs, _ = self.pool.reset()
         self.returns, self.lengths = np.zeros(len(obs)), np.zeros(len(obs), int)
         return obs

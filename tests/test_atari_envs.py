@@ -620,7 +620,7 @@ def test_atari_7_stacks_by_definition(script, dones, frame_stack, zero_stack, se
         envs = ppo_atari.Environments(projectors, Args(frame_stack=frame_stack, zero_stack=zero_stack))
     else:
         envs = object.__new__(ppo_atari_envpool.EnvpoolEnvironments)  # EnvPool itself is not needed
-        envs.make, envs.zero_stack = lambda seed: ProjectorPool(projectors), zero_stack
+        envs.make, envs.unplayed, envs.zero_stack = lambda seed: ProjectorPool(projectors), None, zero_stack
         envs.obs = np.zeros((num_envs, frame_stack, 84, 84), np.uint8)
 
     def stack(episode: list[np.ndarray]) -> list[np.ndarray]:
@@ -835,7 +835,7 @@ def watch(envs: ppo_atari_envpool.EnvpoolEnvironments) -> tuple[list[np.ndarray]
         pool.reset, pool.step = watched(pool.reset), watched(pool.step)
         return pool
 
-    envs.make = make_watched
+    envs.make, envs.unplayed = make_watched, None  # what has been made already is not watched
     return memory, frames
 
 

@@ -1053,6 +1053,21 @@ def pool_args(env_id, kwargs, **changed) -> ppo.Args:
     return ppo.Args(env_id=env_id, env_backend="envpool", env_kwargs=json.dumps(kwargs), **changed)
 
 
+def test_envpool_makes_environments_once(envpool, monkeypatch):
+    """Which takes long; but whoever starts them again, or with another seed, gets new ones."""
+    make, seeds = envpool.make_gymnasium, []
+    monkeypatch.setattr(
+        envpool, "make_gymnasium", lambda *given, seed, **kw: seeds.append(seed) or make(*given, seed=seed, **kw)
+    )
+    envs = ppo.make_envs(pool_args("Pendulum-v1", {}, num_envs=3, seed=4))
+    starts = [envs.reset(*given).copy() for given in ((4,), (4,), (4, 64))]
+    assert seeds == [4, 4, 68]
+    np.testing.assert_array_equal(starts[0], starts[1])
+    assert not np.array_equal(starts[0], starts[2])
+    ppo.make_envs(pool_args("Pendulum-v1", {}, num_envs=3, seed=4)).reset(4, 64)
+    assert seeds == [4, 4, 68, 4, 68]  # a run that goes on
+
+
 @pytest.mark.parametrize(("env_id", "kwargs"), POOLS)
 def test_core_1_envpool_returns_the_transitions_that_happened(envpool, env_id, kwargs):
     """Those of a pool driven by hand: rewards, ends, first and last observations, returns and lengths."""
