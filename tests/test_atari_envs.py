@@ -703,7 +703,7 @@ def play_by_hand(backend: str, seed: int, actions: np.ndarray) -> tuple[dict, li
     ("gymnasium", 4, 3), pytest.param("envpool", 2, 4, marks=[needs_envpool, pytest.mark.slow]),
 ])  # fmt: skip
 def test_core_1_every_row_is_a_transition_that_happened(backend, num_envs, rollouts):
-    """5,000 steps in all: no row is a reset, none is missing, and statistics are those of whole games.
+    """Some thousand steps: no row is a reset, none is missing, and statistics are those of whole games.
 
     Beside it, the same games are played with the library's own autoreset, and the score is read from the screen.
     """

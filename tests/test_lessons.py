@@ -394,7 +394,7 @@ def test_learns_lessons_and_distills_them(monkeypatch):
     for name, value in {"SLOTS": 2, "WORDS": words, "EVALUATION_WORDS": words[:9], "TRAINING_WORDS": words[9:]}.items():
         monkeypatch.setattr(lessons, name, value)
     args = lessons.Args(num_tasks=4, num_envs=32, num_steps=3, total_timesteps=7 * 32 * 3, width=32, max_prompt=48,
-                        pretrain_steps=400, pretrain_batch=32, pretrain_lr=5e-3, num_test=25, distill_steps=80,
+                        pretrain_steps=400, pretrain_batch=32, pretrain_lr=5e-3, num_test=25, distill_steps=240,
                         distill_batch=32, cache_dir="")  # fmt: skip
     rows = rows_of(lessons.train(args)["run_dir"])
     first, last = rows[0], rows[-1]
