@@ -223,14 +223,15 @@ def tables(rows: list[Effect], scaled: Scores, measure: str) -> tuple[str, list[
     """The two Markdown tables with what is to be said about their numbers; and that by itself, line by line."""
     first, names = rows[0].name, short_names(dict.fromkeys(row.env_id for row in rows))
     survive = marks([row.difference for row in rows])
+    form = ".1f" if max(np.abs(row.scores).max() for row in rows) > 2 else ".3f"  # shares of right answers are small
     lines = [["environment", "variant", f"{MEASURES[measure]}: mean +- std", f"difference from {first}", "95% interval",
               "method", "probability of improvement"]]  # fmt: skip
     for row, mark in zip(rows, survive):
-        deviation = f" +- {row.scores.std(ddof=1):.1f}" if len(row.scores) > 1 else ""
+        deviation = f" +- {row.scores.std(ddof=1):{form}}" if len(row.scores) > 1 else ""
         what, better = row.difference, row.better
         lines.append([
-            names[row.env_id], row.name, f"{row.scores.mean():.1f}{deviation} ({counted(len(row.scores))})",
-            f"{what.value:+.1f}{' *' * mark}" if what else "-", bounds(what, "+.1f"),
+            names[row.env_id], row.name, f"{row.scores.mean():{form}}{deviation} ({counted(len(row.scores))})",
+            f"{what.value:+{form}}{' *' * mark}" if what else "-", bounds(what, f"+{form}"),
             f"{what.method}, {counted(what.seeds)}" if what else "-",
             f"{better.value:.2f}" + (f" ({bounds(better, '.2f')})" if better.low == better.low else "") if better
             else "-",
