@@ -583,7 +583,8 @@ def token_rewards(rewards: torch.Tensor, mask: torch.Tensor, log_ratio: torch.Te
         # [llm-8] In the reward the penalty is the log-ratio itself, k1, so that GAE sees what each token costs.
         result = result - args.kl_coef * log_ratio * mask
     if args.whiten_rewards:
-        # [llm-12] Their mean stays: moving it would pay, or charge, for every further token.
+        # [llm-12] Their mean stays. A token without reward gets mean * (1 - 1 / deviation), though, which charges for
+        # every further one if the deviation is below 1.
         result = whiten(result, mask, shift_mean=False)
     return result
 
