@@ -851,7 +851,8 @@ def origin() -> dict:
     with contextlib.suppress(OSError):  # there may be no git
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "versions": {n: sys.modules[n].__version__ for n in names if n in sys.modules}}
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
+    return {"commit": commit, "versions": {name: version for name, version in versions.items() if version}}
 
 
 def check_args(args: Args) -> None:
