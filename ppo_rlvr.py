@@ -1109,7 +1109,7 @@ class Run:
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, dir=self.path, name=name,
                                     id=name, resume="allow", config=asdict(args))  # fmt: skip
             self.wandb.define_metric("*", step_metric="global_step")
-            shutil.copy(__file__, self.path)  # as it is now, whatever is edited later
+            self.write(Path(__file__).name, Path(__file__).read_bytes())  # as it is now, whatever is edited later
             self.wandb.log_code(self.path, include_fn=lambda path: path.endswith(".py"))
         except Exception as error:
             if not self.args.resume:
