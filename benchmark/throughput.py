@@ -33,7 +33,8 @@ from benchmark.suite import ROOT, InputError, writing
 from benchmark.text import markdown_table, printable
 
 PYTHON = shlex.quote(sys.executable)
-MODES = {"eager": "", "compile": "--compile", "amp": "--compile --amp", "cudagraphs": "--compile --amp --cudagraphs"}
+MODES = {"eager": "", "compile": "--compile", "eager-amp": "--amp", "amp": "--compile --amp"}
+MODES |= {"cudagraphs": "--compile --amp --cudagraphs"}
 
 
 @dataclass
@@ -45,8 +46,10 @@ class Args:
     run in an empty directory, so that its paths must be absolute"""
     script: str = "ppo"
     """our script"""
-    modes: list[Literal["eager", "compile", "amp", "cudagraphs"]] = field(default_factory=lambda: ["eager", "compile"])
-    """how our script is run: plain, with --compile, with --compile --amp, with these and --cudagraphs (where a script
+    modes: list[Literal["eager", "compile", "eager-amp", "amp", "cudagraphs"]] = field(
+        default_factory=lambda: ["eager", "compile"]
+    )
+    """how our script is run: plain, with --compile, with --amp, with both, with both and --cudagraphs (where a script
     has them)"""
     num_envs: list[int] = field(default_factory=list)
     """instead of these: our script with these numbers of environments, beside the environments alone"""
