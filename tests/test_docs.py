@@ -299,6 +299,7 @@ SPEEDS = [
     ("throughput", ["CleanRL", "Stable-Baselines3", "PureJaxRL"]),
     ("throughput_continuous_avx512", ["CleanRL", "Stable-Baselines3"]),
     ("throughput_atari_avx512", ["CleanRL"]),
+    ("throughput_lstm_avx512", ["CleanRL"]),
     ("throughput_multidiscrete", ["MaskablePPO"]),
     ("throughput_continuous", ["CleanRL", "Stable-Baselines3", "SBX"]),
     ("throughput_atari", ["CleanRL"]),
