@@ -146,7 +146,7 @@ def test_table_figure_and_data(draw, tmp_path):
     expected = f"{bounds.low:.1f} to {bounds.high:.1f}"
     assert rows["A-v0"] == ["30.0 +- 26.5 (3 seeds)", expected, "-", "-", "7 +- 2", "12.0 min"]
     assert rows["CartPole-v1"][:2] == ["5.0 +- 0.0 (3 seeds)", "5.0 to 5.0"]
-    assert rows["CartPole-v1"][2] == "488.0 +- 5.6 (4 seeds, 0.5M steps)"
+    assert rows["CartPole-v1"][2] == "482.0 +- 14.2 (5 seeds, 0.5M steps)"
     assert rows["CartPole-v1"][4] == "-"
     table = (tmp_path / "results/made.md").read_text()
     assert table.startswith("| environment | ppo.py: mean +- std | 95% interval |") and "|---|---|" in table

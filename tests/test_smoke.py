@@ -109,7 +109,7 @@ def check_plot(output: str, folder: Path, rows: dict[tuple, list[dict]]) -> None
     for env_id in ENV_IDS:
         final = np.mean([curves[env_id, seed][-1][1] for seed in SEEDS])
         assert table[env_id][0].startswith(f"{final:.1f} +- ") and table[env_id][0].endswith("(2 seeds)")
-        assert table[env_id][2].endswith("(4 seeds, 0.5M steps)")  # the official code's
+        assert table[env_id][2].endswith("(5 seeds, 0.5M steps)")  # the official code's
     assert (folder / "img/smoke.png").read_bytes().startswith(b"\x89PNG")
     figure = (folder / "img/smoke.svg").read_text()
     assert "<svg " in figure and all(f"<!-- {env_id} -->" in figure for env_id in ENV_IDS)
