@@ -289,7 +289,7 @@ def test_the_readmes_search_runs(tmp_path):
     assert "learning_rate" in printed and len(list((tmp_path / "runs").iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["classic", "mujoco", "lstm", "pong", "lstm_pong", "multidiscrete"])
+@pytest.mark.parametrize("name", ["classic", "classic_shared", "mujoco", "lstm", "pong", "lstm_pong", "multidiscrete"])
 def test_curves_tables_are_those_of_the_committed_results(name):
     rows = (ROOT / f"benchmark/results/{name}.md").read_text().splitlines()[2:]
     assert rows and all(row in RESULTS for row in rows)
