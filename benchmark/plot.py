@@ -322,8 +322,11 @@ def final_cells(
 def beside(suite: Suite, args: Args, suffix: str) -> dict[str, Curves]:
     """What a suite is compared with: curves by what they are called, of the official code and of other suites."""
     groups = {}
-    if suite.reference and args.metric == RETURN:
-        groups[suite.reference_label] = read_curves(REFERENCE / suite.reference)
+    if suite.reference:
+        path = REFERENCE / suite.reference
+        path = path.with_name(f"{path.stem}{suffix}{path.suffix}")
+        if args.metric == RETURN or path.is_file():  # of other metrics there may be none
+            groups[suite.reference_label] = read_curves(path)
     for other in map(load_suite, suite.compare):
         path = args.results / f"{other.name}{suffix}.csv"
         if not path.exists():
@@ -523,7 +526,7 @@ def main(args: Args) -> int:
     published = suite.published if args.metric == RETURN else {}
     name = f"{suite.name}{suffix}" + "_iqm" * (args.statistic == "iqm")
     text = table(suite, ours, others, published, args)
-    if suite.margins and suite.reference_label in others:
+    if suite.margins and args.metric == RETURN and suite.reference_label in others:
         text += f"\n\nEquivalence with the {suite.reference_label}, by two one-sided Welch's t tests at 5%:\n\n"
         text += equivalence_table(suite, ours, others[suite.reference_label])
     with writing(args.results):

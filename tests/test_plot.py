@@ -290,6 +290,20 @@ def test_other_metrics(draw, tmp_path):
     draw(suite, metric="losses/explained_variance")
 
 
+def test_other_metrics_beside_those_of_the_official_code(draw, tmp_path):
+    """If it has them in a file of their own."""
+    suite = make_suite(tmp_path, env_ids=["Hopper-v4"], seeds=[1], reference="mujoco.csv", margins={"Hopper-v4": 298})
+    make_run(tmp_path / "runs", "Hopper-v4", 1, [3] * 20, entropy=0.1)
+    rows, _ = draw(suite, metric="losses/entropy")
+    assert rows["environment"] == ["ppo.py: mean +- std", "95% interval", "official code: mean +- std",
+                                   "95% interval", "runtime"]  # fmt: skip
+    official = plot.read_curves(REFERENCE / "mujoco_losses-entropy.csv")["Hopper-v4"].values()
+    assert rows["Hopper-v4"][2].startswith(f"{np.mean([curve.values[-1] for curve in official]):.4g} +- ")
+    assert "Equivalence" not in (tmp_path / "results/made_losses-entropy.md").read_text()  # margins are of returns
+    rows, _ = draw(suite, metric="losses/explained_variance")
+    assert "official code: mean +- std" not in rows["environment"]
+
+
 STRANGE = [
     "A|B-v0",
     "<b>x</b>-v0",
