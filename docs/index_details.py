@@ -199,14 +199,14 @@ EFFECTS = """
 Each number is the difference in mean return from the defaults, over the whole learning curve and for the last 100
 episodes, with a 95% interval by Student's t. A difference smaller than its interval is no evidence of an effect. One in
 20 exceeds its interval by chance, and many are shown: those in bold survive Holm's correction for all rows of their
-script, where there are seeds enough for that. `ppo.py` learned CartPole-v1 (at most 500, defaults {ppo.py}),
-`ppo_continuous.py` HalfCheetah-v4 ({ppo_continuous.py}), `ppo_lstm.py` CartPole-v1 with hidden velocities and
-`--bootstrap-truncated` ({ppo_lstm.py}), 200,000 steps each; `ppo_multidiscrete.py` Jumanji/Cleaner-v0
-({ppo_multidiscrete.py}), and `ppo_procgen.py` one level of StarPilot for only 16,384 steps ({ppo_procgen.py}).
-[How they were measured](results.md#ablations).
+script, where there are seeds enough for that. What the defaults reach at the end: `ppo.py` {ppo.py CartPole-v1} of at
+most 500 in CartPole-v1 and {ppo.py Acrobot-v1} in Acrobot-v1, `ppo_continuous.py` {ppo_continuous.py HalfCheetah-v4},
+`ppo_lstm.py` with hidden velocities and `--bootstrap-truncated` {ppo_lstm.py CartPole-v1}, in 200,000 steps each;
+`ppo_multidiscrete.py` {ppo_multidiscrete.py Jumanji/Cleaner-v0}, and `ppo_procgen.py` {ppo_procgen.py StarpilotEasy-v0}
+on one level in only 16,384 steps. [How they were measured](results.md#ablations).
 
-| tag | script and flag | seeds | over the run | at its end |
-|---|---|---|---|---|"""
+| tag | script and flag | task | seeds | over the run | at its end |
+|---|---|---|---|---|---|"""
 
 
 def where(tag: str, script: str) -> str:
@@ -231,17 +231,20 @@ def effects() -> list[str]:
         changes = {}
         for row in csv.DictReader((ROOT / f"benchmark/results/{name}_effects.csv").read_text().splitlines()):
             if not row["difference"] and row["measure"] == "final":
-                defaults[script] = f"{float(row['mean']):.3g}"
+                defaults[f"{script} {row['env_id']}"] = f"{float(row['mean']):.3g}"
             elif row["difference"]:
                 middle, half = float(row["difference"]), (float(row["high"]) - float(row["low"])) / 2
-                digits = 0 if abs(float(defaults[script])) > 100 else 1
+                digits = 0 if abs(float(defaults[f"{script} {row['env_id']}"])) > 100 else 1
                 effect = f"{middle:+.{digits}f} +- {half:.{digits}f}"
                 effect = f"**{effect}**" if row["holm"] == "1" else effect
-                cells = changes.setdefault((row["tags"], row["flags"]), {"seeds": row["seeds"]})
+                tasks = changes.setdefault((row["tags"], row["flags"]), {})
+                cells = tasks.setdefault(row["env_id"].rpartition("/")[2], {"seeds": row["seeds"]})
                 cells[row["measure"]] = effect
-        for (tags, flags), cells in changes.items():
-            rows.append(f"| {tags} | {script} `{flags}` | {cells['seeds']} | {cells['curve']} | {cells['final']} |")
-    text = re.sub(r"{(ppo\w*\.py)}", lambda match: defaults[match[1]], EFFECTS)
+        for (tags, flags), tasks in changes.items():
+            for task, cells in tasks.items():
+                ends = f"{cells['seeds']} | {cells['curve']} | {cells['final']}"
+                rows.append(f"| {tags} | {script} `{flags}` | {task} | {ends} |")
+    text = re.sub(r"{(ppo[^}]*)}", lambda match: defaults[match[1]], EFFECTS)
     return [text, *rows]
 
 
