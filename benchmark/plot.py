@@ -52,6 +52,7 @@ RETURN = "charts/episodic_return"
 EPISODES = 100  # that a mean return is over
 POINTS = 122  # updates kept of each curve
 VARIANT_POINTS = 30  # of each in a suite with variants, of which there may be hundreds
+SUITE_POINTS = 18_000  # of all curves of a suite with variants together, so that its CSV stays below 1 MB
 STATISTICS = {"mean": np.mean, "iqm": iqm}
 STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean"}
 INTERVALS = {"mean": "95% interval (Student's t)", "iqm": "95% interval (bootstrap)"}
@@ -140,7 +141,10 @@ def collect(suite: Suite, runs_dir: Path, metric: str = RETURN) -> tuple[Groups,
 
     Raises InputError if runs have other settings than the suite, or none has this metric.
     """
-    points = VARIANT_POINTS if suite.has_variants else POINTS
+    points = POINTS
+    if suite.has_variants:
+        curves = len(suite.variants) * len(suite.env_ids) * len(suite.seeds)
+        points = max(min(VARIANT_POINTS, SUITE_POINTS // curves), 2)
     runs, left_out = intact_runs(suite, runs_dir)
     groups, names, parts, broken = {name: defaultdict(dict) for name in suite.variants}, set(), {}, bool(left_out)
     for job, state in runs.items():

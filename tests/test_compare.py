@@ -104,6 +104,17 @@ def test_variants_of_a_suite(measure, capsys, no_figure):
     assert Path("compare/made.md").read_text() == Path("results/made.md").read_text()
 
 
+@pytest.mark.parametrize(("room", "points"), [(18_000, 30), (6 * 50, 30), (6 * 12 + 5, 12), (1, 2)])
+def test_points_of_many_curves(room, points, monkeypatch):
+    """Each of six runs keeps so many of its 120, with the first and the last one."""
+    monkeypatch.setattr(plot, "SUITE_POINTS", room)
+    suite = load_suite(str(make(1, updates=120)))
+    groups, *_ = plot.collect(suite, Path("runs/made"))
+    curves = [curve for *_, curve in plot.all_curves(groups)]
+    assert [len(curve.values) for curve in curves] == [points] * 6
+    assert {(curve.steps[0], curve.steps[-1]) for curve in curves} == {(512, 120 * 512)}
+
+
 def test_overall_difference(capsys, no_figure):
     """With one environment it is the environment's own; with two, Welch and Satterthwaite's of both."""
     suite = make(updates=120)
