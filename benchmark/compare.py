@@ -34,13 +34,13 @@ from benchmark.plot import (
     aggregate,
     collect,
     counted,
+    history,
     legend_label,
     note,
     read_groups,
     save_figure,
     short_names,
     styled_pyplot,
-    trained_at,
     vertical_limits,
     write_curves,
 )
@@ -129,7 +129,7 @@ def curves_of(suite: Suite, args: Args) -> tuple[Groups, bool]:
         if suite.has_variants and len(args.what) == 1:
             folder = RESULTS if args.update_docs else args.output
             with writing(folder):
-                write_curves(folder / known.name, groups, RETURN, parts, args.add, trained_at(runs_dir))
+                write_curves(folder / known.name, groups, RETURN, parts, args.add, history(runs_dir, parts))
             groups = read_groups(folder / known.name)  # the same digits as whoever has only the file
             return {name: groups[name] for name in suite.variants if name in groups}, broken
         return groups, broken

@@ -211,11 +211,16 @@ def write_curves(path: Path, groups: Groups, metric: str, parts: dict[str, float
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
 
 
-def trained_at(runs_dir: Path) -> dict:
-    """The commits at which the runs were started, as far as the harness has noted them."""
-    lines = read_end(runs_dir / STARTED, 1 << 20).splitlines()
-    commits = dict.fromkeys(re.findall(rb'"commit": "([^"]+)"', b"\n".join(lines)))
-    return {"trained_at": [commit.decode() for commit in commits]} if commits else {}
+def history(runs_dir: Path, names: Iterable[str]) -> dict:
+    """The commits at which runs were started, and which of these were resumed, as far as the harness has noted it.
+
+    A run that is resumed plays other episodes from then on than it would have played without the interruption.
+    """
+    commits = dict.fromkeys(re.findall(rb'"commit": "([^"]+)"', read_end(runs_dir / STARTED, 1 << 20)))
+    facts = {"trained_at": [commit.decode() for commit in commits]} if commits else {}
+    logs = "".join(path.read_text(errors="replace") for path in (runs_dir / "logs").glob("*.log"))
+    resumed = set(re.findall(r"(?m)^\$ .* --resume .*?([\w.-]+)'?$", logs))
+    return facts | {"resumed": sorted(resumed.intersection(names))}
 
 
 def read_sidecar(path: Path) -> dict:
@@ -503,7 +508,7 @@ def main(args: Args) -> int:
     groups, parts, broken = collect(suite, runs_dir, args.metric)
     if groups:
         with writing(args.results):
-            write_curves(data, groups, args.metric, parts, args.add, trained_at(runs_dir))
+            write_curves(data, groups, args.metric, parts, args.add, history(runs_dir, parts))
     elif data.exists():
         note(f"no runs in {runs_dir}: drawing from {data}")
     else:

@@ -31,7 +31,7 @@ from rich.console import Console
 
 import benchmark.run
 import benchmark.worker
-from benchmark import files, suite
+from benchmark import files, plot, suite
 from benchmark.__main__ import main
 from benchmark.suite import InputError, load_suite, read_metrics, run_state, scan_runs, suite_runs
 
@@ -582,7 +582,7 @@ def test_threads(monkeypatch, workers, threads):
 
 
 def test_crash(capsys):
-    """A crash hides no other run, and its log is shown; the next time the run is resumed."""
+    """A crash hides no other run, and its log is shown; the next time the run is resumed, and the results say so."""
     write_suite("Good-v0", "Crash-v0", "Other-v0")
     assert run("--workers", "1") == 1
     output = capsys.readouterr().out
@@ -595,6 +595,8 @@ def test_crash(capsys):
     Path("go").touch()
     assert run() == 0
     assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Good", "Crash", "Other")))
+    (resumed,) = plot.history(Path("runs/suite"), [path.name for path in Path("runs/suite").iterdir()])["resumed"]
+    assert resumed.startswith("Crash-v0__stand_in__1__")
 
 
 @pytest.mark.parametrize("preload", [False, True])

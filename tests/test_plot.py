@@ -156,7 +156,7 @@ def test_table_figure_and_data(draw, tmp_path):
     assert len(lines) == 1 + 2 * 3 * 20
     facts = json.loads((tmp_path / "results/made.json").read_text())
     assert facts["commit"] and facts["machine"] and facts["versions"]["numpy"] == np.__version__
-    assert len(facts["runs"]) == 6 and facts["unfinished"] == {}
+    assert len(facts["runs"]) == 6 and facts["unfinished"] == {} and facts["resumed"] == []
     # Without the runs, and whenever it is drawn, the figure is the same to the last bit.
     files = {path: path.read_bytes() for path in (tmp_path / "img").iterdir()}
     assert {path.name for path in files} == {"made.png", "made.svg"}
