@@ -23,7 +23,7 @@ SCRIPTS = (
     "ppo_multidiscrete.py",
 )
 EFFECTS_OF = {
-    "ppo.py": "study_classic", "ppo_continuous.py": "ablations_mujoco", "ppo_lstm.py": "ablations_lstm",
+    "ppo.py": "study_classic", "ppo_continuous.py": "study_mujoco", "ppo_lstm.py": "ablations_lstm",
     "ppo_multidiscrete.py": "study_multidiscrete", "ppo_procgen.py": "ablations_procgen",
 }  # fmt: skip
 
@@ -200,11 +200,11 @@ Each number is the difference in mean return from the defaults, over the whole l
 episodes, with a 95% interval by Student's t. A difference smaller than its interval is no evidence of an effect. One in
 20 exceeds its interval by chance, and many are shown: those in bold survive Holm's correction for all rows of their
 script, where there are seeds enough for that. What the defaults reach at the end: `ppo.py` {ppo.py CartPole-v1} of at
-most 500 in CartPole-v1 and {ppo.py Acrobot-v1} in Acrobot-v1, `ppo_continuous.py` {ppo_continuous.py HalfCheetah-v4},
-`ppo_lstm.py` with hidden velocities and `--bootstrap-truncated` {ppo_lstm.py CartPole-v1}, in 200,000 steps each;
-`ppo.py` {ppo.py LunarLander-v3} in LunarLander-v3 in 500,000 steps, `ppo_multidiscrete.py`
-{ppo_multidiscrete.py Jumanji/Cleaner-v0}, and `ppo_procgen.py` {ppo_procgen.py StarpilotEasy-v0} on one level in only
-16,384 steps. [How they were measured](results.md#ablations).
+most 500 in CartPole-v1 and {ppo.py Acrobot-v1} in Acrobot-v1, `ppo_lstm.py` with hidden velocities and
+`--bootstrap-truncated` {ppo_lstm.py CartPole-v1}, in 200,000 steps each; `ppo.py` {ppo.py LunarLander-v3} in
+LunarLander-v3 and `ppo_continuous.py` {ppo_continuous.py HalfCheetah-v4} in HalfCheetah-v4, in 500,000;
+`ppo_multidiscrete.py` {ppo_multidiscrete.py Jumanji/Cleaner-v0}, and `ppo_procgen.py` {ppo_procgen.py StarpilotEasy-v0}
+on one level in only 16,384 steps. [How they were measured](results.md#ablations).
 
 | tag | script and flag | task | seeds | over the run | at its end |
 |---|---|---|---|---|---|"""
