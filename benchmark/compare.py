@@ -302,10 +302,14 @@ def draw_curves(groups: Groups, scaled: Scores, title: str, path: Path) -> None:
         centers, bands = [], []
         for index, (name, curves) in enumerate(groups.items()):
             if env_id in curves:
-                x, center, low, high = aggregate(list(curves[env_id].values()), "mean", "steps")
-                if len(groups) <= FEW:
+                runs = list(curves[env_id].values())
+                x, center, low, high = aggregate(runs, "mean", "steps")
+                if len(groups) <= FEW and len(runs) > 2:
                     axis.fill_between(x, low, high, color=color_of(index), alpha=0.16, linewidth=0)
                     bands += [*low, *high]
+                for run in runs if len(groups) <= FEW and len(runs) == 2 else ():  # whose band would cover the panel
+                    axis.plot(run.steps, run.values, color=color_of(index), linewidth=0.9, alpha=0.6)
+                    bands += [*run.values]
                 style = {"linewidth": 2.2, "zorder": 3} if index == 0 else {"linewidth": 1.4}
                 (lines[name],) = axis.plot(x, center, color=color_of(index), **style)
                 centers += [*center]
@@ -327,8 +331,10 @@ def draw_curves(groups: Groups, scaled: Scores, title: str, path: Path) -> None:
         axis.set_title("performance profile")
         axis.set_xlabel("normalized score")
         axis.set_ylabel("share of runs at least as good")
-    band = " and 95% interval (Student's t)" * (len(groups) <= FEW)
-    figure.suptitle(printable(f"{title}: mean{band} over seeds"), fontsize=12, color="0.25")
+    counts = {len(seeds) for curves in groups.values() for seeds in curves.values()} if len(groups) <= FEW else {1}
+    band = " and 95% interval (Student's t)" * (max(counts) > 2)
+    thin = "; thin: the two runs" * (2 in counts)
+    figure.suptitle(printable(f"{title}: mean{band} over seeds{thin}"), fontsize=12, color="0.25")
     labels = [printable(legend_label(name, groups[name])) for name in lines]
     figure.legend(lines.values(), labels, loc="outside lower center", ncols=min(legend, len(lines)), frameon=False)
     save_figure(figure, path)

@@ -237,6 +237,18 @@ def test_rows_of_a_forest_are_sorted(monkeypatch):
     assert x == pytest.approx(-0.3, abs=0.02) and y == 0
 
 
+@pytest.mark.parametrize(("seeds", "thin", "bands"), [(1, 0, 0), (2, 6, 0), (3, 0, 3)])
+def test_two_runs_are_drawn_as_they_are(seeds, thin, bands, monkeypatch):
+    """Student's interval of two runs would cover everything; from three on there is a band."""
+    kept = {}
+    monkeypatch.setattr(compare, "save_figure", lambda figure, path: kept.setdefault(path.name, figure))
+    assert main(["compare", str(make(seeds, updates=120))]) == 0
+    axis, *_ = kept["made"].axes
+    assert sum(line.get_linewidth() < 1 for line in axis.lines) == thin and len(axis.collections) == bands
+    title = kept["made"].get_suptitle()
+    assert ("95% interval" in title) == (seeds > 2) and title.endswith("thin: the two runs") == (seeds == 2)
+
+
 def test_update_docs(monkeypatch, no_figure):
     """Only then the repository's own pages are written."""
     drawn = []
