@@ -191,3 +191,41 @@ def test_compiled_training_is_the_same_training(script, settings, tmp_path):
     start = script.Agent(*SPACES[script], args).state_dict()
     moved = [(weights[0][name] - start[name]).abs().max() for name in weights[0]]
     assert max(moved) > 5e-3
+
+
+class TiedAndFrozen(torch.nn.Module):
+    """A user's network: layers of another kind, one parameter under two names, one that stays as it is, a buffer."""
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        self.actor = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.Linear(8, 2)
+        )
+        self.frozen = torch.nn.Linear(4, 1).requires_grad_(False)
+        self.scale = self.tied = torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("offset", torch.ones(1))
+
+    def values(self, obs):
+        """Values [...] of observations [..., 4]."""
+        return (self.frozen(obs) * self.tied + self.scale + self.offset).sum(-1)
+
+    def forward(self, obs):
+        """As ppo.Agent's."""
+        return self.actor(obs), self.values(obs)
+
+
+@pytest.mark.slow
+def test_compiled_training_of_a_users_network(monkeypatch, tmp_path):
+    """It ends where eager mode does; the frozen layer has not moved, and the tied parameter is still one."""
+    monkeypatch.setattr(ppo, "Agent", TiedAndFrozen)
+    states = []
+    for compiled in (False, True):
+        result = ppo.train(ppo.Args(compile=compiled, total_timesteps=3 * 512, runs_dir=str(tmp_path)))
+        states.append(torch.load(result["run_dir"] + "/checkpoint.pt", weights_only=True)["agent"])
+    for eager, compiled in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
+    torch.manual_seed(1)
+    start = TiedAndFrozen(None, None, None).state_dict()
+    moved = {name: (states[1][name] - start[name]).abs().max().item() for name in start}
+    assert moved["frozen.weight"] == moved["offset"] == 0
+    assert moved["scale"] == moved["tied"] > 1e-3 and moved["actor.0.weight"] > 1e-3
