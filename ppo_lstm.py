@@ -335,6 +335,15 @@ class RunningMeanStd:
         self.var = (self.var * self.count + np.square(difference).sum(0)) / count - np.square(shift)
         self.mean, self.count = self.mean + shift, count
 
+    def update_each(self, batches: np.ndarray) -> np.ndarray:
+        """Takes in numbers [T, N] as T updates; returns the variance after each [T]: a rollout of rewards at once."""
+        difference = batches - self.mean
+        counts = self.count + batches.shape[1] * np.arange(1, len(batches) + 1)
+        shifts = difference.sum(1).cumsum() / counts
+        variances = (self.var * self.count + np.square(difference).sum(1).cumsum()) / counts - np.square(shifts)
+        self.mean, self.var, self.count = self.mean + shifts[-1], variances[-1], counts[-1]
+        return variances
+
 
 def normalize_obs(obs: np.ndarray, stats: RunningMeanStd, args: Args, update: bool) -> np.ndarray:
     """Observations [..., size] as the network gets them; update: new ones [N, size] count in the statistics.
@@ -361,15 +370,15 @@ def normalize_rewards(
     """
     if not args.norm_reward:
         return rewards
-    rewards = rewards.copy()
-    for reward, done in zip(rewards, dones):
-        # [continuous-8] Dividing by the spread of the discounted return brings the value targets to the order of 1,
-        # whatever the task's unit of reward. Subtracting a mean would change what is rewarded. [extra-32]
+    history = np.empty(rewards.shape)
+    for discounted, reward, done in zip(history, rewards, dones):
         returns *= args.gamma
         returns += reward
-        stats.update(returns)
-        reward /= np.sqrt(stats.var + 1e-8)
+        discounted[:] = returns
         returns[done] = 0
+    # [continuous-8] Dividing by the spread of the discounted return brings the value targets to the order of 1,
+    # whatever the task's unit of reward. Subtracting a mean would change what is rewarded. [extra-32]
+    rewards = (rewards / np.sqrt(stats.update_each(history) + 1e-8)[:, None]).astype(np.float32)
     # [continuous-9] Early on the statistics rest on a few steps: the very first reward would be about 100 [extra-31].
     return np.clip(rewards, -10, 10) if args.clip_reward else rewards
 

@@ -506,6 +506,26 @@ def test_extra_31_running_statistics_equal_those_of_all_data(seed, shape, sizes,
         assert stats.count == pytest.approx(len(np.concatenate(seen)) + 1e-4, rel=1e-12)
 
 
+@given(
+    seed=st.integers(0, 2**31), steps=st.integers(1, 40), num_envs=st.integers(1, 4),
+    offset=st.sampled_from([0.0, -3.0, 1e6]), scale=st.sampled_from([1e-3, 1.0, 1e4]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_extra_31_a_rollout_at_once_is_one_update_a_step(seed, steps, num_envs, offset, scale):
+    """Its variances and what it leaves behind are those of update() with every step, after an earlier rollout too."""
+    generator, ours, expected = np.random.default_rng(seed), ppo.RunningMeanStd(()), ppo.RunningMeanStd(())
+    for _ in range(2):
+        batches = offset + scale * generator.normal(size=(steps, num_envs))
+        kept, variances = batches.copy(), []
+        for batch in batches:
+            expected.update(batch)
+            variances.append(expected.var)
+        np.testing.assert_allclose(ours.update_each(batches), variances, rtol=1e-9)
+        np.testing.assert_array_equal(batches, kept)
+        for name in ("mean", "var", "count"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=1e-9)
+
+
 def test_extra_31_initial_statistics():
     for shape in ((), (3,)):
         stats = ppo.RunningMeanStd(shape)
