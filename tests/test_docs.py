@@ -297,7 +297,9 @@ def test_curves_tables_are_those_of_the_committed_results(name):
 
 SPEEDS = [
     ("throughput", ["CleanRL", "Stable-Baselines3", "PureJaxRL"]),
-    ("throughput_epyc_avx512", ["CleanRL", "Stable-Baselines3", "PureJaxRL", "ppo.py --compile at 8901970"]),
+    ("throughput_epyc_avx512", ["CleanRL", "Stable-Baselines3", "PureJaxRL", "ppo.py --compile at dadd27d"]),
+    ("throughput_continuous_epyc_avx512", ["CleanRL", "Stable-Baselines3"]),
+    ("throughput_atari_epyc_avx512", ["CleanRL"]),
     ("throughput_64_envs_epyc_avx512", ["PureJaxRL", "ppo.py --compile at 8901970"]),
     ("throughput_1024_envs_epyc_avx512", ["PureJaxRL", "ppo.py --compile at 8901970"]),
     ("throughput_continuous_avx512", ["CleanRL", "Stable-Baselines3"]),
