@@ -115,7 +115,7 @@ class Task:
         self.known: set[Path] = set()  # run directories that were there before
         self.state: RunState | None = None  # of the run directory at hand
         self.process: subprocess.Popen | Forked | None = None
-        self.stopping, self.guard = False, threading.RLock()
+        self.stopping, self.guard, self.looking = False, threading.RLock(), threading.Lock()
 
     def __str__(self) -> str:
         return printable(self.job)
@@ -247,11 +247,12 @@ class Task:
     def look(self) -> None:
         """Reads what the run has reached, once it says which job it is of."""
         known = script_settings(ROOT / self.job.script)
-        if self.state:
-            self.state = run_state(self.state.path, known)
-        else:
-            new = [state for state in self.runs() if state.path not in self.known and not state.problem]
-            self.state = max(new, key=lambda state: state.path, default=None)
+        with self.looking:  # the display looks too: what it read before the run ended must not replace what came after
+            if self.state:
+                self.state = run_state(self.state.path, known)
+            else:
+                new = [state for state in self.runs() if state.path not in self.known and not state.problem]
+                self.state = max(new, key=lambda state: state.path, default=None)
 
 
 class Display:
@@ -374,9 +375,9 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
     threads = max(1, cores() // workers)
     with Stop() as stop, display, futures.ThreadPoolExecutor(workers) as pool, stopping(tasks):
         pending = {pool.submit(task.run, threads) for task in tasks}
-        deadline = math.inf
+        deadline, others = math.inf, False
         # Jobs of another program like this one are waited for; those that somebody trains by hand are his.
-        while pending or not stop.count and any(task.status == "elsewhere" and is_locked(task.lock) for task in tasks):
+        while pending or others and not stop.count:
             if pending:
                 pending = futures.wait(pending, POLL).not_done
             else:
@@ -388,10 +389,13 @@ def run_local(tasks: list[Task], workers: int, display: Display) -> bool:
             if stop.count > 1 or time.monotonic() > deadline:
                 for task in tasks:
                     task.stop(signal.SIGKILL)
+            others = False
             for task in tasks:
-                if task.status == "elsewhere" and not stop.count and not task.is_elsewhere():
-                    task.status = "waiting"  # the others have ended; what they have left undone is done here
-                    pending.add(pool.submit(task.run, threads))
+                if task.status == "elsewhere" and not stop.count:
+                    others |= is_locked(task.lock)  # asked first: if it ends between the two, the next round sees that
+                    if not task.is_elsewhere():
+                        task.status = "waiting"  # the others have ended; what they have left undone is done here
+                        pending.add(pool.submit(task.run, threads))
             display.update()
     close_workers()
     return stop.count > 0

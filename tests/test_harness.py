@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -1117,8 +1118,53 @@ def test_harness_is_killed():
     os.kill(process, signal.SIGKILL)  # the second harness resumes it, while the other one goes on by itself
     harness.wait_for(lambda: len(trainings()) == 2 and process not in trainings())
     Path("go").touch()
-    assert harness.end() == 0
+    assert harness.end() == 0, harness.output.read_text()
     assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Wait", "Deaf", "Good")))
+
+
+def test_a_slow_look_does_not_hide_the_end_of_a_run(monkeypatch):
+    """The display may read a run's state just before its end, and be done with that only after the end was seen."""
+    write_suite("Good-v0")
+    (job,) = load_suite("suite.toml").jobs()
+    task, slow, states = benchmark.run.Task(job, Path("runs/suite")), threading.Event(), []
+
+    def look(path, known):
+        states.append(len(states))
+        state = states[-1]
+        if state == 0:
+            slow.set()
+            time.sleep(0.3)
+        return SimpleNamespace(path=path, number=state)
+
+    monkeypatch.setattr(benchmark.run, "run_state", look)
+    task.state = SimpleNamespace(path=Path("runs/suite/run"))
+    display = threading.Thread(target=task.look)
+    display.start()
+    slow.wait(WAIT)
+    task.look()
+    assert task.state.number == 1
+    display.join()
+    assert task.state.number == 1 and states == [0, 1]
+
+
+def test_a_job_that_others_leave_between_two_looks(monkeypatch):
+    """Others are seen to train it, and have ended before that is asked again: what they left undone is done here."""
+    write_suite("Good-v0")
+    (job,) = load_suite("suite.toml").jobs()
+    lock = Path("runs/suite/.locks") / job.key
+    lock.parent.mkdir(parents=True)
+    descriptors, ask = [files.take_lock(lock)], benchmark.run.Task.is_elsewhere
+
+    def is_elsewhere(task):
+        answer = ask(task)
+        if descriptors:
+            os.close(descriptors.pop())
+        return answer
+
+    monkeypatch.setattr(benchmark.run.Task, "is_elsewhere", is_elsewhere)
+    assert run() == 0
+    assert_complete("Good-v0__stand_in__1")
+    assert not descriptors
 
 
 def test_two_harnesses_at_once():
