@@ -1116,7 +1116,7 @@ def test_harness_is_killed():
     assert trainings() == left
     (process,) = [p for p in left if b"Wait-v0" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(process, signal.SIGKILL)  # the second harness resumes it, while the other one goes on by itself
-    harness.wait_for(lambda: len(trainings()) == 2 and process not in trainings())
+    harness.wait_for(lambda: len(now := trainings()) == 2 and process not in now)
     Path("go").touch()
     assert harness.end() == 0, harness.output.read_text()
     assert_complete(*(f"{env}-v0__stand_in__1" for env in ("Wait", "Deaf", "Good")))
