@@ -62,6 +62,9 @@ from benchmark.text import markdown_table, printable
 RESULTS = ROOT / "benchmark" / "results"
 MEASURES = {"final": "at the end", "curve": "over the run"}
 FEW = 6  # curves that can have bands in one panel
+MANY = 12  # curves that can be told apart in one panel
+FAR = 8  # that are colored if there are more
+GRAY = "0.82"  # the others
 Scores = dict[str, dict[str, dict[int, float]]]  # by variant, environment and seed
 
 
@@ -275,43 +278,64 @@ def tables(rows: list[Effect], scaled: Scores, measure: str) -> tuple[str, list[
     return f"{text}\n\n{markdown_table(lines)}", said
 
 
-def color_of(index: int) -> str:
-    """The first is blue as everywhere; the others differ from it and each other as far as that is possible."""
+def colors_of(groups: Groups) -> dict[str, str]:
+    """A color for each: the first is blue as everywhere, the others differ from it and each other as far as possible.
+
+    Where they are too many to be told apart, only those whose mean curves are farthest from the first's are colored.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
+    first, *others = groups
+    colored = others
+    if len(groups) > MANY:
+        distances = dict.fromkeys(others, 0.0)
+        for env_id, base in groups[first].items():
+            x, center, *_ = aggregate([*base.values()], "mean", "steps")
+            for name in (name for name in others if env_id in groups[name]):
+                grid, values, *_ = aggregate([*groups[name][env_id].values()], "mean", "steps")
+                distance = np.nanmean(np.abs(np.interp(x, grid, values) - center))
+                distances[name] += distance / max(float(np.ptp(center[np.isfinite(center)])), 1e-9)
+        farthest = sorted(others, key=distances.__getitem__)[-FAR:]
+        colored = [name for name in others if name in farthest]
     palette = [to_hex(color) for name in ("Dark2", "tab20") for color in colormaps[name].colors]
-    return OURS if index == 0 else palette[(index - 1) % len(palette)]
+    return {first: OURS} | dict.fromkeys(others, GRAY) | dict(zip(colored, itertools.cycle(palette)))
 
 
 def draw_curves(groups: Groups, scaled: Scores, title: str, path: Path) -> None:
     """One panel for each environment, and one for the performance profile."""
     plt, EngFormatter = styled_pyplot()
     first, *_ = groups
+    colors = colors_of(groups)
+    labels = {name: printable(legend_label(name, groups[name])) for name in groups if colors[name] != GRAY}
     env_ids, profile = list(groups[first]), any(scaled.values())
     columns = min(len(env_ids) + profile, 3)
     rows = -(-(len(env_ids) + profile) // columns)
     width = max(4.2 * columns, 6)
-    legend = max(1, int(width / (0.9 + 0.1 * max(map(len, groups)) + 0.6)))  # labels beside each other
-    height = 3.3 * rows + 0.6 + 0.24 * -(-len(groups) // legend)
+    legend = max(1, int(width / (0.9 + 0.1 * max(map(len, labels)) + 0.6)))  # labels beside each other
+    height = 3.3 * rows + 0.6 + 0.24 * -(-(len(labels) + 1) // legend)
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     lines, names = {}, short_names(env_ids)
+    styles = {
+        name: {"color": color, "linewidth": 1.4, "zorder": 2.2 if color == GRAY else 2.4}
+        for name, color in colors.items()
+    }
+    styles[first] |= {"linewidth": 2.2, "zorder": 3}
     for axis in axes.flat[len(env_ids) + profile :]:
         axis.set_axis_off()
     for axis, env_id in zip(axes.flat, env_ids):
         centers, bands = [], []
-        for index, (name, curves) in enumerate(groups.items()):
+        for name, curves in groups.items():
             if env_id in curves:
                 runs = list(curves[env_id].values())
                 x, center, low, high = aggregate(runs, "mean", "steps")
                 if len(groups) <= FEW and len(runs) > 2:
-                    axis.fill_between(x, low, high, color=color_of(index), alpha=0.16, linewidth=0)
+                    axis.fill_between(x, low, high, color=colors[name], alpha=0.16, linewidth=0)
                     bands += [*low, *high]
                 for run in runs if len(groups) <= FEW and len(runs) == 2 else ():  # whose band would cover the panel
-                    axis.plot(run.steps, run.values, color=color_of(index), linewidth=0.9, alpha=0.6)
+                    axis.plot(run.steps, run.values, color=colors[name], linewidth=0.9, alpha=0.6)
                     bands += [*run.values]
-                style = {"linewidth": 2.2, "zorder": 3} if index == 0 else {"linewidth": 1.4}
-                (lines[name],) = axis.plot(x, center, color=color_of(index), **style)
+                (lines[name],) = axis.plot(x, center, **styles[name])
                 centers += [*center]
         axis.set_ylim(*vertical_limits(centers, bands))
         axis.set_xlim(left=0)
@@ -324,10 +348,10 @@ def draw_curves(groups: Groups, scaled: Scores, title: str, path: Path) -> None:
         axis, found = axes.flat[len(env_ids)], [seeds for envs in scaled.values() for seeds in envs.values()]
         all_scores = [value for seeds in found for value in seeds.values()]
         x = np.linspace(min(0, *all_scores), max(all_scores), 200)
-        for index, envs in enumerate(scaled.values()):
+        for name, envs in scaled.items():
             if envs:
                 share = np.mean([np.mean(np.array([*s.values()])[:, None] >= x, axis=0) for s in envs.values()], axis=0)
-                axis.plot(x, share, color=color_of(index), linewidth=2.2 if index == 0 else 1.4)
+                axis.plot(x, share, **styles[name])
         axis.set_title("performance profile")
         axis.set_xlabel("normalized score")
         axis.set_ylabel("share of runs at least as good")
@@ -335,8 +359,11 @@ def draw_curves(groups: Groups, scaled: Scores, title: str, path: Path) -> None:
     band = " and 95% interval (Student's t)" * (max(counts) > 2)
     thin = "; thin: the two runs" * (2 in counts)
     figure.suptitle(printable(f"{title}: mean{band} over seeds{thin}"), fontsize=12, color="0.25")
-    labels = [printable(legend_label(name, groups[name])) for name in lines]
-    figure.legend(lines.values(), labels, loc="outside lower center", ncols=min(legend, len(lines)), frameon=False)
+    rest = [name for name in lines if name not in labels]
+    if rest:
+        labels[rest[0]] = f"{len(rest)} others, closer to {printable(first)}"
+    handles = [lines[name] for name in labels]
+    figure.legend(handles, labels.values(), loc="outside lower center", ncols=min(legend, len(labels)), frameon=False)
     save_figure(figure, path)
 
 

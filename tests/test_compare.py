@@ -249,6 +249,30 @@ def test_two_runs_are_drawn_as_they_are(seeds, thin, bands, monkeypatch):
     assert ("95% interval" in title) == (seeds > 2) and title.endswith("thin: the two runs") == (seeds == 2)
 
 
+@pytest.mark.parametrize("number", [12, 13])
+def test_of_many_curves_those_far_from_the_first_are_colored(number, monkeypatch):
+    """Else nobody could tell them apart; one environment's large numbers do not outweigh the other's."""
+    steps, shifts = np.linspace(0, 1000, 50), np.arange(number) * 5 % 13
+    names = [f"variant-{shift}" for shift in shifts]  # so far from variant-0 in A, and in B reversed
+    groups = {
+        name: {env: {seed: plot.Curve(steps, steps, scale * (steps / 10 + shift)) for seed in (1, 2)}
+               for env, scale, shift in (("A-v0", 1, far), ("B-v0", 1e6, (13 - far) / 10 if far else 0))}
+        for name, far in zip(names, shifts)
+    }  # fmt: skip
+    kept = {}
+    monkeypatch.setattr(compare, "save_figure", lambda figure, path: kept.setdefault(path, figure))
+    compare.draw_curves(groups, dict.fromkeys(names, {}), "Many", Path("many"))
+    figure = kept[Path("many")]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    for axis in figure.axes[:2]:
+        colors = [line.get_color() for line in axis.lines]
+        assert colors[0] == compare.OURS and len(set(colors)) == (12 if number == 12 else 1 + compare.FAR + 1)
+        gray = {name for name, color in zip(names, colors) if color == compare.GRAY}
+        assert gray == (set() if number == 12 else {"variant-1", "variant-2", "variant-3", "variant-4"})
+        others = ["4 others, closer to variant-0"] * (number > 12)
+        assert legend == [f"{name}, 2 seeds" for name in names if name not in gray] + others
+
+
 def test_update_docs(monkeypatch, no_figure):
     """Only then the repository's own pages are written."""
     drawn = []
