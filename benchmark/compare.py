@@ -5,8 +5,9 @@
     python -m benchmark compare ablations_classic --forest   # and a figure with a row for each variant
     python -m benchmark compare one.csv two.csv              # curves that plot or compare has written
 
-Writes into the folder `compare` where you are: NAME.png and .svg (all curves, and the performance profile), NAME.md
-(the tables, with the method of each number) and NAME_effects.csv, of a suite with variants also its curves, NAME.csv.
+Writes into the folder `compare` where you are: NAME.png and .svg (all curves, of more than 12 those in color that are
+farthest from the first's, and the performance profile), NAME.md (the tables, with the method of each number) and
+NAME_effects.csv, of a suite with variants also its curves, NAME.csv.
 
 A run's score is its last mean return of 100 episodes or, with --measure curve, the mean of its whole curve, which also
 says how fast it learned. Over environments scores are normalized: 0 is what the untrained policies had at the curves'
