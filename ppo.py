@@ -688,9 +688,13 @@ def compiled(step: Callable, agent: nn.Module, device: torch.device) -> Callable
     # All minibatches have the same shape, so that the checks before each call can be left out.
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
     options["cpp.use_decompose_tanh"] = True  # by exp(), in a third of the time; off by 2e-7 at most
-    names = ["agent." + name for name, parameter in agent.named_parameters() if parameter.requires_grad]
     module = nn.ModuleDict({"agent": agent})
     module.forward = lambda *inputs: step(agent, *inputs)
+    # Where each parameter is: a tied one in several places, one of a layer that is used twice in a single one.
+    tensors = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    places = [(f"{path}.{name}", index) for path, layer in module.named_modules()
+              for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+              for index, tensor in enumerate(tensors) if tensor is parameter]  # fmt: skip
 
     def functional_step(adam, minibatch, numbers, args):
         # The parameters are views, made in here, of Adam's vector. If the agent's came in beside it, PyTorch would keep
@@ -699,7 +703,8 @@ def compiled(step: Callable, agent: nn.Module, device: torch.device) -> Callable
         parts = vector.split([tensor.numel() for tensor in tensors])
         adam.tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
         inputs = adam, minibatch, *numbers.unbind(), args
-        results = torch.func.functional_call(module, dict(zip(names, adam.tensors)), inputs)
+        parameters = {place: adam.tensors[index] for place, index in places}
+        results = torch.func.functional_call(module, parameters, inputs, tie_weights=False)
         adam.tensors = tensors
         return results
 

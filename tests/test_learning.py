@@ -167,6 +167,7 @@ SPACES = {ppo: (Box(-1, 1, (4,)), Discrete(2)), ppo_continuous: (Box(-1, 1, (3,)
     ("script", "settings"),
     [
         (ppo, {}),
+        (ppo, {"shared_network": True}),
         (ppo_continuous, {"env_id": "Pendulum-v1", "num_envs": 4, "num_steps": 128, "ent_coef": 0.01}),
         (ppo_continuous, {"env_id": "Pendulum-v1", "num_envs": 4, "num_steps": 128, "state_dependent_std": True}),
     ],
