@@ -167,10 +167,15 @@ def collect(suite: Suite, runs_dir: Path, metric: str = RETURN) -> tuple[Groups,
         raise InputError(f"no run has a metric {metric}{similar(metric, names) or f'; there are {sorted(names)}'}")
     for message in left_out:
         note(message)
-    for env_id, variant in itertools.product(suite.env_ids, suite.variants) if runs else ():
-        found = {job.seed for job in runs if (job.env_id, job.variant) == (env_id, variant)}
-        if missing := [seed for seed in suite.seeds if seed not in found]:
-            note(f"{env_id}{f' {variant}' if variant else ''}: no run of seed {', '.join(map(str, missing))}")
+    for env_id in suite.env_ids if runs else ():
+        found = {variant: {job.seed for job in runs if (job.env_id, job.variant) == (env_id, variant)}
+                 for variant in suite.variants}  # fmt: skip
+        if not any(found.values()):
+            note(f"{env_id}: no runs")
+            continue
+        for variant, seeds in found.items():
+            if missing := [seed for seed in suite.seeds if seed not in seeds]:
+                note(f"{env_id}{f' {variant}' if variant else ''}: no run of seed {', '.join(map(str, missing))}")
     return groups, parts, broken
 
 

@@ -24,7 +24,7 @@ SCRIPTS = (
 )
 EFFECTS_OF = {
     "ppo.py": ["study_classic"], "ppo_continuous.py": ["study_mujoco", "study_walker2d"],
-    "ppo_lstm.py": ["ablations_lstm"], "ppo_multidiscrete.py": ["study_multidiscrete"],
+    "ppo_lstm.py": ["study_lstm"], "ppo_multidiscrete.py": ["study_multidiscrete"],
     "ppo_procgen.py": ["ablations_procgen"],
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ def test_figure(monkeypatch):
     lost, same, won = overview.Cell(-0.5, True, True), overview.Cell(0.1, False, False), overview.Cell(0.7, True, False)
     made = {
         "one": ("ppo.py", {("--a", "core-1"): {"A": lost, "B": same}, ("--once", "core-2"): {"A": won}}),
-        "two": ("ppo_lstm.py", {("--a", "lstm-1"): {"C": won}}),
+        "two": ("ppo_lstm.py", {("--a", "lstm-1"): {"A": won, "C": overview.Cell(0, False, False)}}),
     }
     kept = {}
     monkeypatch.setattr(overview, "STUDIES", tuple(made))
@@ -42,12 +42,12 @@ def test_figure(monkeypatch):
     overview.draw(Path("figure"))
     (axis,) = kept[Path("figure")].axes
     texts = {text.get_text(): text for text in axis.texts}
-    assert list(texts) == ["-0.50", "+0.10", "+0.70", "ppo.py", "ppo_\nlstm.py"]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["A", "B", "C"]
+    assert list(texts) == ["-0.50", "+0.10", "+0.70", "=", "ppo.py", "ppo_\nlstm.py"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["A", "B", "A", "C"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["--a  [core-1]"]
     assert [texts[word].get_weight() for word in ("-0.50", "+0.10", "+0.70")] == ["bold", "normal", "normal"]
-    assert [patch.get_alpha() > 0 for patch in axis.patches] == [True, False, True]
-    assert "2 of 3, 0 by chance" in kept[Path("figure")].get_suptitle()
+    assert [patch.get_alpha() > 0 for patch in axis.patches] == [True, False, True, False]
+    assert "2 of 4, 0 by chance" in kept[Path("figure")].get_suptitle()
 
 
 def test_studies_are_there():

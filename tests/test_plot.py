@@ -266,7 +266,7 @@ def test_what_is_missing_or_unfinished_is_said(draw, tmp_path):
         "A-v0__ppo__4__1700000004 is left out: no episode has ended in it",
         "A-v0: no run of seed 3",
         "B-v0: no run of seed 3, 4",
-        "C-v0: no run of seed 1, 2, 3, 4",
+        "C-v0: no runs",
         "A-v0 seed 2 is unfinished: 40% of its steps are done",
         "B-v0 seed 1 is unfinished: 25% of its steps are done",
     ]
