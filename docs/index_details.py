@@ -203,9 +203,10 @@ in 20 exceeds its interval by chance, and many are shown: those in bold survive 
 their script (Walker2d-v4, in which only ten changes were made, by itself), where there are seeds enough for that.
 What the defaults reach at the end: `ppo.py` {ppo.py CartPole-v1} of at most 500 in CartPole-v1 and
 {ppo.py Acrobot-v1} in Acrobot-v1, `ppo_lstm.py` with hidden velocities and `--bootstrap-truncated`
-{ppo_lstm.py CartPole-v1}, in 200,000 steps each; `ppo.py` {ppo.py LunarLander-v3} in LunarLander-v3 and
-`ppo_continuous.py` {ppo_continuous.py HalfCheetah-v4} in HalfCheetah-v4, {ppo_continuous.py Hopper-v4} in Hopper-v4
-and {ppo_continuous.py Walker2d-v4} in Walker2d-v4, in 500,000; `ppo_multidiscrete.py`
+{ppo_lstm.py CartPole-v1} in CartPole-v1, in 200,000 steps each, and {ppo_lstm.py Pendulum-v1} in Pendulum-v1 in
+300,000; `ppo.py` {ppo.py LunarLander-v3} in LunarLander-v3 and `ppo_continuous.py`
+{ppo_continuous.py HalfCheetah-v4} in HalfCheetah-v4, {ppo_continuous.py Hopper-v4} in Hopper-v4 and
+{ppo_continuous.py Walker2d-v4} in Walker2d-v4, in 500,000; `ppo_multidiscrete.py`
 {ppo_multidiscrete.py Jumanji/Cleaner-v0}, and `ppo_procgen.py` {ppo_procgen.py StarpilotEasy-v0} on one level in only
 16,384 steps. [How they were measured](results.md#ablations).
 
