@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 # Compilation in the process itself: for each of its workers another process would import PyTorch.
@@ -88,7 +89,9 @@ def kill_all_in(folder: Path) -> None:
         # Some have just ended. Those of Weights & Biases and Slurm, which may serve other tests, are no such programs.
         with contextlib.suppress(OSError):
             if name.isdigit() and os.readlink(f"/proc/{name}/cwd") == place and int(name) != os.getpid():
-                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                words, deadline = [b""], time.monotonic() + 1
+                while words == [b""] and time.monotonic() < deadline:  # what has just been started has none yet
+                    words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
                 if b"benchmark" in words or any(word.endswith(b".py") for word in words):
                     os.kill(int(name), signal.SIGKILL)
 
