@@ -192,6 +192,23 @@ def test_atari_3_episodic_life(case, episodic_life):
     assert len(ends) > 0
 
 
+@needs_envpool
+def test_pong_is_the_same_without_three_details():
+    """It has no lives, waits for no FIRE, and its points are -1 or 1: an agent learns exactly the same without them.
+
+    EnvPool's FIRE stands in the place of the last no-op, so that not even the number of frames differs.
+    """
+    played = []
+    for changed in ({}, {"fire_reset": False}, {"episodic_life": False}):
+        case = Case(ppo_atari_envpool, "envpool")
+        played.append(play(case.envs("Pong", **changed), 1000))
+        assert len(played[-1][3]) == 1
+    for other in played[1:]:
+        for ours, theirs in zip(played[0][:3], other[:3]):
+            np.testing.assert_array_equal(ours, theirs)
+    assert set(played[0][1]) == {-1, 0, 1}
+
+
 def test_returns_begin_anew(case):
     """With each game and each reset."""
     envs = case.envs("Pong", max_game_frames=800)
