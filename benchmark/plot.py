@@ -498,7 +498,14 @@ def draw(suite: Suite, ours: Curves, others: dict[str, Curves], published: dict,
     figure.suptitle(printable(suite.title) + over * several, fontsize=12, color="0.25")
     if handles:
         lines, labels = zip(*handles.values())
-        figure.legend(lines, map(printable, labels), loc="outside lower center", ncols=len(handles), frameon=False)
+        labels = [*map(printable, labels)]
+        for beside_each_other in range(len(lines), 0, -1):  # as many as fit
+            below = {"loc": "outside lower center", "ncols": beside_each_other, "frameon": False}
+            legend = figure.legend(lines, labels, **below)
+            if legend.get_window_extent().width <= figure.bbox.width or beside_each_other == 1:
+                break
+            legend.remove()
+        figure.set_figheight(size[1] + 0.24 * (-(-len(lines) // beside_each_other) - 1))
     save_figure(figure, path)
 
 

@@ -375,6 +375,26 @@ def test_suites_of_one_title(draw, tmp_path):
     assert "<!-- Made up, 1 seed -->" in svg and "<!-- Made up (two), 1 seed -->" in svg
 
 
+@pytest.mark.parametrize(("words", "rows"), [(1, 1), (20, 3)])
+def test_the_legend_fits_into_the_figure(words, rows, draw, tmp_path, monkeypatch):
+    """Its names stand beside each other where they can, else below each other, and the panel stays as high."""
+    shown = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: shown.append(figure))
+    for name in ("one", "two", "three"):
+        others = {"compare": ["one", "two"]} if name == "three" else {}
+        suite = make_suite(tmp_path, ["A-v0"], [1], name=name, title=f"{name} {'x ' * words}", **others)
+        make_run(tmp_path / name, "A-v0", 1, [1] * 20)
+        draw(suite, runs_dir=tmp_path / name)
+    figure = shown[-1]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, tops = legend.get_window_extent(), {round(text.get_window_extent().y0) for text in legend.get_texts()}
+    assert len(legend.get_texts()) == 3 and len(tops) == rows
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    heights = [each.axes[0].get_window_extent().height for each in shown if not each.draw_without_rendering()]
+    assert max(heights) - min(heights) < 5
+
+
 def test_broken_and_running_runs(draw, tmp_path, capsys, no_figure):
     """A broken one is named in one line and left out, and the exit code says so; what still runs is unfinished."""
     suite = make_suite(tmp_path, ["A-v0"], [1, 2, 3])
